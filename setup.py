@@ -214,6 +214,8 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
     objects = {source: (SOURCES / f"{source}.cpp", ["-DG2G_X86"] if x86 else []) for source in PLAIN}
     for name, options in INSTRUCTION_SETS.items():
         if x86 or name == "baseline":
+            of_doubles = ["-DG2G_DOUBLE", f"-DG2G_ISA={name}_doubles"]
+            objects[f"doubles-{name}"] = (SOURCES / "doubles.cpp", [*of_doubles, *options])
             objects[f"kernels-{name}"] = (SOURCES / "kernels.cpp", [f"-DG2G_ISA={name}", *options])
 
     made_from = hashlib.sha256(repr((command, flags, objects, _version(command))).encode())

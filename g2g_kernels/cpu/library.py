@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from ctypes import Structure, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_char_p, c_double, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from g2g_kernels.tracing import constant_when_traced
 
 logger = logging.getLogger("g2g_kernels")
 
-ABI = 8
+ABI = 9
 #: beside this file, as setup.py names it
 FILE = "libg2g_cpu" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -50,6 +50,9 @@ SUBSET_COST = 1.0
 NEEDED_COST = 1.0
 #: weights in lists (``g2g_kernels.cpu.plans.in_lists``)
 LIST_COST = 1.0
+#: neurons in lists that are visited where something arrives, and not all in each step (``csrc/list_network.h``);
+#: ``G2G_CPU_NEURONS=reached`` is 0, ``G2G_CPU_NEURONS=all`` infinity
+VISIT_COST = 1.0
 #: Share of a call that may be spent waiting for PyTorch's threads before some calls run on others (``csrc/pool.h``).
 MOST_WAITING = 0.1
 
@@ -125,9 +128,15 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_lists_new": (c_void_p, [*[c_void_p] * 4, _Int32, _Int32, _Int32]),
         "g2g_lists_free": (None, [c_void_p]),
         "g2g_lists_match": (c_int32, [*[c_void_p] * 5, _Int32]),
+        "g2g_lists_order": (None, [*[c_void_p] * 3, _Int32, _Int32]),
+        "g2g_digest": (c_uint64, [c_void_p, c_int64, _Int32]),
+        "g2g_spikes_new": (c_void_p, [c_int64]),
+        "g2g_spikes_free": (None, [c_void_p]),
+        "g2g_spikes_count": (c_int64, [c_void_p, c_int64]),
+        "g2g_spikes_copy": (None, [c_void_p, c_int64, c_void_p, c_void_p]),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
-    for kernel in ("stack", "graph", "linear", "list_loop", "neurons"):
+    for kernel in ("stack", "graph", "linear", "list_loop", "list_network", "neurons"):
         signatures[f"g2g_{kernel}"] = (c_int64, [c_void_p, c_int32, c_void_p])
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -1,5 +1,6 @@
 """The compiled kernels' view of a mask (``csrc/plan.h``), built when a mask is first used or has changed in place
-(DST): on every use it is compared with the index buffers, 8 bytes per unit."""
+(DST): on every use it is compared with the index buffers, 8 bytes per unit; lists only if these have other
+versions."""
 
 import ctypes
 import functools
@@ -18,6 +19,7 @@ from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import library, too_large
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.mask.unit_grid import MaskTensors
+from g2g_kernels.tracing import version
 
 #: number of plans that are always kept, and total units of further plans (a unit costs some 80 bytes)
 _PLANS, _UNITS = 64, 1 << 22
@@ -69,15 +71,43 @@ class Plan:
         if not address:
             raise ValueError("the mask's indices do not describe a valid mask")
         self.address: int = address
-        #: whether this is still the plan of the mask whose tensors it was built from, in place
-        self.matches: Callable[[], int]
+        #: whether this is still the plan of what lies where the mask did that it was built from
+        self._equals: Callable[[], int]
         if owners is None:
             sources = [tensor.data_ptr() for tensor in _sources(mask)]
-            self.matches = functools.partial(lib.g2g_plan_matches, address, *sources)
+            self._equals = functools.partial(lib.g2g_plan_matches, address, *sources)
         else:
-            self.matches = functools.partial(lib.g2g_lists_match, address, *given)
+            self._equals = functools.partial(lib.g2g_lists_match, address, *given)
+        #: of lists, which are large: the tensors that they were built from or compared with, and their versions
+        self._read: list[tuple[weakref.ref, int]] = []
+        self._ordered: tuple[tuple[int, torch.dtype], torch.Tensor] | None = None
+        self._lists = owners is not None
         self.units = max(len(mask.unit_row), _LEAST_UNITS)
         weakref.finalize(self, lib.g2g_plan_free if owners is None else lib.g2g_lists_free, address).atexit = False
+
+    def matches(self, mask: MaskTensors) -> bool:
+        """Whether this is still the plan of a mask whose tensors lie where the plan's did."""
+        sources = _sources(mask)
+        if self._read and all(
+            [of() is tensor and -1 < then == version(tensor) for (of, then), tensor in zip(self._read, sources)]  # noqa: B905
+        ):
+            return True
+        if not self._equals():
+            return False
+        if self._lists:
+            self._read = [(weakref.ref(tensor), version(tensor)) for tensor in sources]
+        return True
+
+    def ordered(self, values: torch.Tensor) -> torch.Tensor:
+        """Packed weights in the order of these lists, which are kept until a call comes with other numbers."""
+        threads, doubles = torch.get_num_threads(), values.dtype == torch.float64
+        words = values.numel() * (2 if doubles else 1)
+        key = library().g2g_digest(values.data_ptr(), words, threads), values.dtype
+        kept = self._ordered
+        if kept is None or kept[0] != key:
+            self._ordered = kept = key, torch.empty(values.numel(), dtype=values.dtype)
+            library().g2g_lists_order(self.address, values.data_ptr(), kept[1].data_ptr(), doubles, threads)
+        return kept[1]
 
 
 def _sources(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
@@ -127,7 +157,7 @@ def plan_for(mask: MaskTensors, values: torch.Tensor, *way: Any) -> Plan:
     if key is None or key[: values.dim()] != values.shape:
         key = keys[way] = (*_key(mask, values), *way)
     plan = _plans.get(key)
-    if plan is not None and plan.matches():
+    if plan is not None and plan.matches(mask):
         try:  # noqa: SIM105  (contextlib.suppress takes as long as the comparison)
             _plans.move_to_end(key)  # most recently used last
         except KeyError:

@@ -2,6 +2,7 @@
 //
 // A kernel is called twice: with scratch null it returns how many bytes of scratch memory it needs, then it runs.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -81,6 +82,11 @@ int64_t size(const Linear& a) {
     return a.rows * (a.lists ? int64_t{a.lists->owners} + a.lists->others : a.plan->rows.size + a.plan->cols.size);
 }
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
+int64_t size(const ListNetwork& a) {
+    int64_t neurons = 0;
+    for (int32_t p = 0; p < a.population_count; ++p) neurons += a.populations[p].size;
+    return neurons * a.samples * a.steps;
+}
 int64_t size(const NeuronLoop& a) { return a.samples * a.size * a.steps; }
 
 template <class Arguments>
@@ -94,6 +100,28 @@ void with_team_for(int64_t size, int32_t threads, const F& body) {
     with_team(
         size < least ? 1 : threads, [](void* context) { (*static_cast<const F*>(context))(); },
         const_cast<void*>(static_cast<const void*>(&body)));
+}
+
+// f(first, last) for parts of 0 … count − 1.
+template <class F>
+void each_part(int64_t count, int32_t threads, const F& f) {
+    constexpr int64_t kPart = 1 << 18;
+    const auto part = [&](int64_t i) { f(i * kPart, std::min(count, (i + 1) * kPart)); };
+    with_team_for(count, threads, [&] {
+        parallel_run(
+            threads, (count + kPart - 1) / kPart, 1,
+            [](void* context, int64_t i, int) { (*static_cast<decltype(part)*>(context))(i); },
+            const_cast<void*>(static_cast<const void*>(&part)));
+    });
+}
+
+template <class Number>
+void order_values(const Lists& lists, const void* values, void* ordered, int32_t threads) {
+    const auto from = static_cast<const Number*>(values);
+    const auto to = static_cast<Number*>(ordered);
+    each_part(lists.entries(), threads, [&](int64_t first, int64_t last) {
+        for (int64_t e = first; e < last; ++e) to[e] = from[lists.place[e]];
+    });
 }
 
 template <class Arguments>
@@ -140,7 +168,7 @@ std::string interface_table(const Options& options) {
 
 }  // namespace
 
-G2G_EXPORT int32_t g2g_abi() { return 8; }
+G2G_EXPORT int32_t g2g_abi() { return 9; }
 // The table that Python compares with what it knows; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
     static const std::string text = interface_table(kernels().options);
@@ -199,11 +227,43 @@ G2G_EXPORT int32_t g2g_lists_match(const Lists* lists, const Side* rows, const S
     return lists->fingerprint == fingerprint(*rows, *cols, unit_row, unit_col, units);
 }
 
+// Packed values, doubles or floats, in the order of the lists.
+G2G_EXPORT void g2g_lists_order(const Lists* lists, const void* values, void* ordered, int32_t doubles, int32_t threads) {
+    (doubles ? order_values<double> : order_values<float>)(*lists, values, ordered, threads);
+}
+
+// 64 bits that other numbers have with a probability of 2⁻⁶⁴, of `count` words of 4 bytes.
+G2G_EXPORT uint64_t g2g_digest(const uint32_t* words, int64_t count, int32_t threads) {
+    std::atomic<uint64_t> sum{0};
+    each_part(count, threads, [&](int64_t first, int64_t last) { sum += digest(words, first, last); });
+    return sum;
+}
+
+// Room for the spikes of so many populations and samples; nullptr if memory runs out.
+G2G_EXPORT Spikes* g2g_spikes_new(int64_t count) try {
+    return new Spikes{std::vector<SampleSpikes>(count)};
+} catch (const std::exception&) {
+    return nullptr;
+}
+G2G_EXPORT void g2g_spikes_free(Spikes* spikes) { delete spikes; }
+G2G_EXPORT int64_t g2g_spikes_count(const Spikes* spikes, int64_t number) {
+    return static_cast<int64_t>(spikes->of[number].neurons.size());
+}
+// counts [T], neurons [count].
+G2G_EXPORT void g2g_spikes_copy(const Spikes* spikes, int64_t number, int32_t* counts, int32_t* neurons) {
+    const SampleSpikes& of = spikes->of[number];
+    std::copy(of.counts.begin(), of.counts.end(), counts);
+    std::copy(of.neurons.begin(), of.neurons.end(), neurons);
+}
+
 // pass: 0 forward, 1 backward.
 G2G_EXPORT int64_t g2g_stack(Stack* a, int32_t pass, void* scratch) { return call(kernels().stack[pass], a, scratch); }
 G2G_EXPORT int64_t g2g_graph(Graph* a, int32_t pass, void* scratch) { return call(kernels().graph[pass], a, scratch); }
 G2G_EXPORT int64_t g2g_linear(Linear* a, int32_t pass, void* scratch) { return call(kernels().linear[pass], a, scratch); }
 G2G_EXPORT int64_t g2g_list_loop(ListLoop* a, int32_t pass, void* scratch) { return call(kernels().list_loop[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_list_network(ListNetwork* a, int32_t, void* scratch) {
+    return call(kernels().list_network[a->doubles != 0], a, scratch);
+}
 G2G_EXPORT int64_t g2g_neurons(NeuronLoop* a, int32_t pass, void* scratch) { return call(kernels().neurons[pass], a, scratch); }
 
 G2G_EXPORT void g2g_unpack(const Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,

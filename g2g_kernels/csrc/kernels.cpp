@@ -19,9 +19,17 @@ const Kernels kernels = {};
 #include "layout.h"
 #include "linear.h"
 #include "list_loop.h"
+#include "list_network.h"
 #include "neuron_loop.h"
 #include "stack_backward.h"
 #include "stack_forward.h"
+
+// what doubles.cpp has for the same instruction set
+#define G2G_JOINED_(x, y) x##y
+#define G2G_JOINED(x, y) G2G_JOINED_(x, y)
+namespace g2g::G2G_JOINED(G2G_ISA, _doubles) {
+void list_network_of_doubles(ListNetwork& a, Arena& arena);
+}
 
 namespace g2g::G2G_ISA {
 
@@ -31,7 +39,8 @@ namespace g2g::G2G_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     G2G_TEXT(G2G_ISA), kBf16, kOptions, {stack_forward, stack_backward}, {graph_forward, graph_backward},
-    {linear_forward, linear_backward}, {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward}, unpack,
+    {linear_forward, linear_backward}, {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward},
+    {list_network, G2G_JOINED(G2G_ISA, _doubles)::list_network_of_doubles}, unpack,
 };
 
 }  // namespace g2g::G2G_ISA

@@ -13,6 +13,15 @@ int32_t neuron(const Side& side, int32_t unit, int32_t offset) {
     return place < side.bounds[unit + 1] ? static_cast<int32_t>(side.order[place]) : -1;
 }
 
+// The finalizer of SplitMix64: every bit of the number changes each bit of the result with a probability of a half.
+uint64_t mixed(uint64_t x) {
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+    return x ^ x >> 31;
+}
+
+constexpr uint64_t kStep = 0x9E3779B97F4A7C15u;  // of the places, so that the order counts
+
 }  // namespace
 
 Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
@@ -63,13 +72,6 @@ Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, 
 }
 
 uint64_t fingerprint(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units) {
-    // the finalizer of SplitMix64: every bit of the number changes each bit of the result with a probability of a half
-    const auto mixed = [](uint64_t x) {
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-        x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-        return x ^ x >> 31;
-    };
-    constexpr uint64_t kStep = 0x9E3779B97F4A7C15u;  // of the places, so that the order counts
     uint64_t sum = mixed(units);
     for (int32_t i = 0; i < units; ++i)
         sum += mixed((uint64_t{static_cast<uint32_t>(unit_row[i])} << 32 | static_cast<uint32_t>(unit_col[i])) + kStep * i);
@@ -78,6 +80,21 @@ uint64_t fingerprint(const Side& rows, const Side& cols, const int32_t* unit_row
         for (int32_t i = 0; i < side->size; ++i) sum += mixed(side->order[i] + kStep * (i + 1));
         for (int32_t i = 0; i <= side->num_units; ++i) sum += mixed(~uint64_t{static_cast<uint32_t>(side->bounds[i])} + kStep * i);
     }
+    return sum;
+}
+
+uint64_t digest(const uint32_t* words, int64_t first, int64_t last) {
+    uint64_t sum = 0;
+    const auto add = [&](uint64_t one, uint64_t other, int64_t place) {  // both halves of a product, as wyhash mixes
+        const auto product = static_cast<unsigned __int128>(one + kStep * (place + 1)) * (other ^ 0xA0761D6478BD642Fu);
+        sum += static_cast<uint64_t>(product >> 64) ^ static_cast<uint64_t>(product);
+    };
+    uint64_t pair[2];
+    for (; first + 4 <= last; first += 4) {  // parts begin at multiples of 4
+        __builtin_memcpy(pair, words + first, sizeof pair);
+        add(pair[0], pair[1], first);
+    }
+    for (; first < last; ++first) add(words[first], first, first);
     return sum;
 }
 

@@ -25,8 +25,20 @@ struct Lists {
 Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
                    int32_t by_rows, int32_t length);
 
+// What a population sends in all steps of each sample, as lists.
+struct SampleSpikes {
+    std::vector<int32_t> counts;   // [T]
+    std::vector<int32_t> neurons;  // those of each step, ascending
+};
+struct Spikes {
+    std::vector<SampleSpikes> of;  // [populations · samples]
+};
+
 // 64 bits that another mask has with a probability of 2⁻⁶⁴: a mask's buffers change in place, and a copy of them to compare
 // would take as much memory as the lists.
 uint64_t fingerprint(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units);
+
+// The same of numbers, for words first … last − 1 of them, to be added up over parts.
+uint64_t digest(const uint32_t* words, int64_t first, int64_t last);
 
 }  // namespace g2g

@@ -14,6 +14,7 @@ namespace g2g {
 
 struct Plan;
 struct Lists;
+struct Spikes;
 
 // Defines the structures, and keeps their text without comments.
 #define G2G_STRUCTURES(...) \
@@ -153,6 +154,39 @@ struct ListLoop {
     const float *grad_spikes, *grad_last;  // null: zeros
     int32_t grad_held;      // grad_spikes is [B][N], the same for all steps
     float *grad_current, *grad_sent, *grad_state, *grad_values;  // out, null: not wanted
+};
+
+// A connection of a network in lists. Numbers behind `void` pointers are floats, or doubles with `doubles`.
+struct ListConnection {
+    const Lists* lists;     // by column, in one range
+    const void* weights;    // [entries], in the order of the lists
+    const void* bias;       // [N of the target], null: none
+    const int64_t* delays;  // [N of the source], null: `least` for all
+    int32_t least, most;    // the bounds of all delays
+    int32_t source, target;  // source −1: the inputs
+    int32_t to_membrane;
+};
+
+struct ListPopulation {
+    Neurons neurons;
+    const uint8_t* dropped;  // [B][N], 1 where nothing comes from a neuron in a sample; null: none is
+    const void* state;      // [states][B][N] before the first step; null: zeros
+    const void* sent;       // [sent_steps][B][N], what it sent before the first step; null: nothing
+    void* last;             // out: [states][B][N] after the last step
+    int32_t size, sent_steps;
+};
+
+// Populations whose connections are lists (list_network.h), forward.
+struct ListNetwork {
+    const ListPopulation* populations;
+    const ListConnection* connections;
+    const int32_t* order;   // in which populations receive in a step: one that another reaches without a delay comes after it
+    const void* x;          // [T][B][in], or [B][in], held for all steps
+    const void* before;     // [before_steps][B][in], the inputs before the first step; null: none
+    Spikes* spikes;         // out: of each population and sample
+    int32_t population_count, connection_count, inputs, samples, steps, before_steps, threads, held;
+    int32_t doubles;
+    float visit_cost;       // a factor on what visits to neurons are assumed to cost; 0: always these, infinity: never
 };
 
 // Neurons alone.

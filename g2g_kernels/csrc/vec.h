@@ -3,6 +3,7 @@
 // are in this file alone: another instruction set is another branch of its functions.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -14,13 +15,23 @@
 
 namespace g2g::G2G_ISA {
 
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX2__)
-constexpr int W = 8;
+// The numbers of a compilation: floats, or with G2G_DOUBLE doubles, for which this header has what neurons.h needs.
+#if defined(G2G_DOUBLE)
+typedef double Real;
+typedef int64_t Whole;
 #else
-constexpr int W = 4;
+typedef float Real;
+typedef int32_t Whole;
 #endif
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+constexpr int W = kVecBytes / sizeof(Real);
 constexpr int kVecs = kLanes / W;  // vectors of a block
 
 // Whether there are products of bfloat16 factors; without them nothing is rounded.
@@ -30,9 +41,9 @@ constexpr bool kBf16 = true;
 constexpr bool kBf16 = false;
 #endif
 
-typedef float Vec __attribute__((vector_size(4 * W)));
-typedef int32_t IntVec __attribute__((vector_size(4 * W)));
-typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef Real Vec __attribute__((vector_size(kVecBytes)));
+typedef Whole IntVec __attribute__((vector_size(kVecBytes)));
+typedef Real UnalignedVec __attribute__((vector_size(kVecBytes), aligned(sizeof(Real)), may_alias));
 
 // A number known to the compiler.
 template <int V>
@@ -69,8 +80,59 @@ G2G_INLINE void each_vec(const F& f) {
     each<kVecs>(f);
 }
 
-inline Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
-inline void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+inline Vec load(const Real* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+inline void store(Real* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
+inline Vec all(Real x) { return x - Vec{}; }
+
+// Bit i is set where a[i] > b[i].
+inline uint64_t greater_bits(Vec a, Vec b) {
+#if defined(G2G_DOUBLE) && defined(__AVX512F__)
+    return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ);
+#elif defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+#elif !defined(G2G_DOUBLE) && defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+#elif !defined(G2G_DOUBLE) && defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps(a, b)));
+#else
+    const IntVec mask = a > b;
+    uint64_t bits = 0;
+    for (int i = 0; i < W; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// Bit i is set where x[i] is not 0.
+inline uint64_t nonzero_bits(Vec x) {
+#if defined(G2G_DOUBLE) && defined(__AVX512F__)
+    return _mm512_cmp_pd_mask(x, Vec{}, _CMP_NEQ_UQ);
+#elif defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(x, Vec{}, _CMP_NEQ_UQ);
+#elif !defined(G2G_DOUBLE) && defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, Vec{}, _CMP_NEQ_UQ)));
+#elif !defined(G2G_DOUBLE) && defined(__SSE2__)
+    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpneq_ps(x, Vec{})));
+#else
+    const IntVec mask = x != Vec{};
+    uint64_t bits = 0;
+    for (int i = 0; i < W; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// 1 where a > b, else 0.
+inline Vec heaviside(Vec a, Vec b) { return a > b ? all(1.0f) : Vec{}; }
+
+inline Vec absolute(Vec x) { return x < Vec{} ? -x : x; }
+
+#if defined(G2G_DOUBLE)
+
+inline Vec exp_negative(Vec x) {
+    for (int i = 0; i < W; ++i) x[i] = std::exp(x[i]);
+    return x;
+}
+
+#else
 
 // Stores past the caches if p is aligned: a line that is written whole need not be read first. For results too large to
 // be still in a cache when they are read; stream_fence() before another thread may read them.
@@ -95,8 +157,6 @@ inline void stream_fence() {
 #endif
 }
 
-inline Vec all(float x) { return x - Vec{}; }
-
 // a·b + c rounded once where the machine can. Plain a * b + c is never contracted (-ffp-contract=off), so that
 // membranes equal PyTorch's to the last bit.
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -106,38 +166,6 @@ inline Vec fma(Vec a, Vec b, Vec c) {
     return _mm256_fmadd_ps(a, b, c);
 #else
     return a * b + c;
-#endif
-}
-
-// Bit i is set where a[i] > b[i].
-inline uint64_t greater_bits(Vec a, Vec b) {
-#if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
-#elif defined(__AVX2__)
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
-#elif defined(__SSE2__)
-    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpgt_ps(a, b)));
-#else
-    const IntVec mask = a > b;
-    uint64_t bits = 0;
-    for (int i = 0; i < W; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
-    return bits;
-#endif
-}
-
-// Bit i is set where x[i] is not 0.
-inline uint64_t nonzero_bits(Vec x) {
-#if defined(__AVX512F__)
-    return _mm512_cmp_ps_mask(x, Vec{}, _CMP_NEQ_UQ);
-#elif defined(__AVX2__)
-    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x, Vec{}, _CMP_NEQ_UQ)));
-#elif defined(__SSE2__)
-    return static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpneq_ps(x, Vec{})));
-#else
-    const IntVec mask = x != Vec{};
-    uint64_t bits = 0;
-    for (int i = 0; i < W; ++i) bits |= static_cast<uint64_t>(mask[i] & 1) << i;
-    return bits;
 #endif
 }
 
@@ -282,11 +310,6 @@ inline void transpose_16(const float* from, int64_t step, float* to, int64_t to_
 #endif
 }
 
-// 1 where a > b, else 0.
-inline Vec heaviside(Vec a, Vec b) { return a > b ? all(1.0f) : Vec{}; }
-
-inline Vec absolute(Vec x) { return x < Vec{} ? -x : x; }
-
 // exp(x) for x ≤ 0, relative error about 1e-7; 0 below −87.
 inline Vec exp_negative(Vec x) {
     const Vec clamped = x < all(-87.0f) ? all(-87.0f) : x;
@@ -348,5 +371,7 @@ inline float get(const uint16_t* p) {
 }
 inline void put(float* p, float x) { *p = x; }
 inline void put(uint16_t* p, float x) { *p = to_bf16(x); }
+
+#endif
 
 }  // namespace g2g::G2G_ISA

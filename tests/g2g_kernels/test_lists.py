@@ -13,9 +13,10 @@ from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, Connection, GroupLayout, Neurons, Population, g2g_linear, g2g_stack
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_stack import recurrent_lists
+from g2g_kernels.ops.g2g_stack import Delay, explain, recurrent_lists
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import built, opened
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="the compiled kernels are not built")
 
@@ -191,6 +192,177 @@ def test_a_run_in_parts_and_in_chunks_is_the_whole_run(model, parameters):
         assert torch.equal(found, counts)
         for mine, theirs in zip(of_parts, grads, strict=True):
             assert_close(mine, theirs.double())
+
+
+# --- by events, without gradients -------------------------------------------------------------------------------
+
+NETWORKS = {
+    "model": MODELS,
+    "reset": RESETS,
+    "delay": ("none", "one", "per neuron"),
+    "onto": (None, "membrane"),
+    "batch": (1, 3),
+    "inputs": ("spikes", "floats", "held"),
+    "threads": (1, 2),
+    "neurons": ("all", "reached", ""),
+    "dtype": (torch.float32, torch.float64),
+    **dict.fromkeys(("state", "dropped", "per_neuron", "bias"), (False, True)),
+}
+#: of the parameters of neurons, from the least to the most; the others are from 0.3 to 0.9
+SPANS = {"threshold": (0.7, 1.0), "refractory": (0.0, 4.0), "reset_current": (0.0, 2.0)}
+INPUTS, SIZES_OF_BOTH, STEPS = 9, (70, 33), 40
+
+
+def network(model, reset, delay, onto, batch, inputs, dtype, state=False, dropped=False, per_neuron=False, bias=False):
+    """The arguments of ``g2g_stack`` for two populations that reach one another, the second of them of cubalif."""
+    draw = seeded(batch)
+
+    def joined(source, target, kind, density, scale, port=None):
+        size = INPUTS if source < 0 else SIZES_OF_BOTH[source]
+        mask, values = weights(SIZES_OF_BOTH[target], size, 1, density, 7 * source + target, scale)
+        each = Delay(1, 6, torch.randint(1, 7, (size,), generator=draw))
+        of_target = 0.1 * torch.randn(SIZES_OF_BOTH[target], generator=draw).to(dtype) if bias and source < 0 else None
+        late = {"none": None, "one": Delay(3, 3), "per neuron": each}[kind]
+        return Connection("linear", values.to(dtype), mask, source, late, of_target, None, port)
+
+    def population(size, model, *connections):
+        parameters = []
+        for name in MODELS[model].parameters:
+            least, most = SPANS.get(name, (0.3, 0.9))
+            drawn = least + (most - least) * torch.rand(size if per_neuron else 1, generator=draw, dtype=torch.float64)
+            parameters.append((drawn.floor() if name in ("refractory", "reset_current") else drawn).to(dtype))
+        return Population(
+            Neurons(model, tuple(parameters), reset),
+            connections,
+            torch.rand(batch, size, generator=draw) < 0.2 if dropped else None,
+            1.2 * torch.rand(len(MODELS[model].states), batch, size, generator=draw).to(dtype) if state else None,
+            (torch.rand(6, batch, size, generator=draw) < 0.2).to(dtype) if state else None,
+        )
+
+    of_inputs, back = joined(-1, 0, "none", 0.6, 1.0, onto), joined(1, 0, "per neuron", 0.3, 0.8, onto)
+    first = population(SIZES_OF_BOTH[0], model, of_inputs, joined(0, 0, "one", 0.1, 0.8), back)
+    forward, late_inputs = joined(0, 1, delay, 0.3, 0.8), joined(-1, 1, delay, 0.3, 0.5, "membrane")
+    second = population(SIZES_OF_BOTH[1], "cubalif", forward, late_inputs)
+    x = torch.randn((batch, INPUTS) if inputs == "held" else (STEPS, batch, INPUTS), generator=draw).to(dtype)
+    x = (x > 1).to(dtype) if inputs == "spikes" else x
+    before = (torch.rand(6, batch, INPUTS, generator=draw) < 0.2).to(dtype) if state and delay != "none" else None
+    return x, (first, second), STEPS if inputs == "held" else None, before
+
+
+def in_float64(x, populations, steps, before):
+    """A run of the reference."""
+    tensors, form = opened((x, populations, before))
+    exact = built(form, [each.double().nan_to_num() if each.is_floating_point() else each for each in tensors])
+    return g2g_stack(exact[0], exact[1], steps, "torch", before=exact[2])
+
+
+def assert_same_run(found, expected, close):
+    for mine, theirs in zip(found.spikes, expected.spikes, strict=True):
+        assert torch.equal(mine.dense().double(), theirs.dense().double())
+        assert torch.equal(mine.events(), theirs.events())
+        assert len(mine.events())
+    numbers = [(activity.counts, *activity.rates, *activity.states) for activity in (found, expected)]
+    for mine, theirs in zip(*numbers, strict=True):
+        assert (mine.double() - theirs).abs().max() <= close * (1 + theirs.abs().max())
+    for mine, theirs in zip(found.sent, expected.sent, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine.dense().double(), theirs.dense().double())
+
+
+@every_pair(**NETWORKS)
+def test_networks_by_events_are_those_of_float64(
+    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias
+):
+    monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
+    of = model, reset, delay, onto, batch, inputs, dtype, state, dropped, per_neuron, bias
+    x, populations, steps, before = network(*of)
+    assert explain(x, populations, steps, "cpu", before=before).way.name == "cpu events"
+    with pytorch_threads(threads):
+        found = g2g_stack(x, populations, steps, "cpu", before=before)
+    assert found.spikes[0].dense().dtype == found.counts.dtype == found.states[0].dtype == dtype
+    assert_same_run(found, in_float64(x, populations, steps, before), CLOSE if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("neurons", ["all", "reached"])
+def test_a_run_by_events_in_parts_and_in_chunks_is_the_whole_run(monkeypatch, neurons):
+    monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
+    x, populations, *_ = network("cubalif", "zero", "per neuron", "membrane", 2, "spikes", torch.float64)
+    whole = g2g_stack(x, populations, backend="cpu")
+    assert_same_run(whole, in_float64(x, populations, None, None), 1e-12)
+    chunked = g2g_stack(x, populations, backend="cpu", chunk=3)
+    assert torch.equal(chunked.counts, whole.counts)
+    before, counts = None, 0
+    for part in x.split(17):  # shorter and longer than delays
+        activity = g2g_stack(part, populations, backend="cpu", before=before)
+        *sent, before = [each and each.dense() for each in activity.sent]
+        after = zip(populations, activity.states, sent, strict=True)
+        populations = tuple([each._replace(state=state, sent=of_each) for each, state, of_each in after])
+        counts = counts + activity.counts
+    assert torch.equal(counts, whole.counts)
+    assert (populations[0].state - whole.states[0]).abs().max() < 1e-12
+
+
+def test_both_ways_to_run_neurons_change_into_one_another(monkeypatch):
+    """Bursts of input over 700 steps; a change is made after 64 steps that would have been cheaper the other way."""
+    monkeypatch.setattr(library, "VISIT_COST", 0.02)  # so that it pays for so few neurons
+    size, draw = 3000, seeded(2)
+    mask, values = weights(size, size, 1, 20 / size, scale=0.2)
+    of_inputs, cue = weights(size, 20, 1, 0.3, scale=2.0)
+    parameters = torch.tensor([0.9, 0.95, 0.05, 5.0, 1.0, 1.0]).double()
+    neurons = Neurons("cubalif", tuple(parameters[:, None]), "zero")
+    own = Connection("linear", cue.double(), of_inputs, -1), Connection("linear", values.double(), mask, 0, Delay(4, 4))
+    x = (torch.rand(700, 1, 20, generator=draw) < 0.3).double()
+    x[100:500] = 0
+    runs = []
+    for cost in (0.0, 0.02, 0.05, float("inf")):
+        monkeypatch.setattr(library, "VISIT_COST", cost)
+        runs.append(g2g_stack(x, [Population(neurons, own)], backend="cpu"))
+    for each in runs[1:]:
+        assert_same_run(each, runs[0], 1e-10)
+
+
+def test_lists_and_ordered_weights_are_kept_until_they_change(monkeypatch):
+    x, populations, steps, _ = network("lif", "zero", "one", None, 1, "spikes", torch.float32)
+    made = []
+    monkeypatch.setattr(plans, "Plan", lambda *args, plan=plans.Plan: (made.append(args), plan(*args))[1])
+
+    def agrees():
+        activity = g2g_stack(x, populations, steps, "cpu")
+        assert_same_run(activity, in_float64(x, populations, steps, None), CLOSE)
+        return activity.counts
+
+    first = agrees()
+    built_then = len(made)
+    of_both = [each for population in populations for each in population.connections]
+    ordered = [plans.lists_for(each.mask.tensors(), each.values, "cols").ordered(each.values) for each in of_both]
+    assert torch.equal(agrees(), first)
+    for each, then in zip(of_both, ordered, strict=True):
+        assert plans.lists_for(each.mask.tensors(), each.values, "cols").ordered(each.values) is then
+    assert len(made) == built_then
+    for each in of_both:
+        each.values.data.mul_(1.5)  # which no version counts
+    assert not torch.equal(agrees(), first)
+    mask = of_both[0].mask
+    absent = (~mask.present().flatten()).nonzero()[:3, 0]
+    mask.relabel_(torch.arange(3), absent // mask.grid[1], absent % mask.grid[1])
+    agrees()
+    assert len(made) == built_then + 1
+
+
+def test_calls_that_events_do_not_serve_are_refused_by_name(monkeypatch):
+    x, populations, *_ = network("lif", "zero", "one", None, 1, "spikes", torch.float32)
+    populations[0].connections[0].values.requires_grad_()
+    reasons = explain(x, populations).reasons
+    assert reasons["cpu events"] == "computes no gradients; call under torch.no_grad() where none is needed"
+    with torch.no_grad():
+        assert explain(x, populations).way.name == "cpu events"
+        shown = populations[0]._replace(membranes=True), populations[1]
+        assert explain(x, shown).reasons["cpu events"] == "does not read 'membranes' of a population"
+        monkeypatch.setenv("G2G_CPU_NEURONS", "some")
+        with pytest.raises(ValueError, match="G2G_CPU_NEURONS='some' is unknown; choose one of reached, all"):
+            g2g_stack(x, populations)
+    # the backward pass of a chunk needs the spikes of its forward pass, so both run the same way
+    g2g_stack(x, populations, chunk=7).counts.sum().backward()
 
 
 def call() -> recurrent_lists.LoopCall:

@@ -49,7 +49,9 @@ NO_GRADIENT, NO_MEMBRANES = "gives spikes over time no gradient", "does not read
 NO_MODULE = "no module has to be called"
 HOOKS, IN_LISTS = "lif1 carries hooks", "the weights to population 0 lie in lists"
 CARRIED = "the delayed spikes to population 1 that come from a state have no gradient"
-KERNELS, TURN = ("cpu chain", "cpu graph", "cpu lists"), "operators in turn"
+KERNELS, TURN = ("cpu chain", "cpu graph", "cpu events", "cpu lists"), "operators in turn"
+NO_LISTS = "no weights lie in lists"
+GRADIENTS = {"cpu events": "computes no gradients; call under torch.no_grad() where none is needed"}
 LATE = "the populations are no chain: population 0 also receives population {}, up to {} steps later"
 #: (network, or network and arguments), the way that runs, and why none before it but Triton's
 CASES = {
@@ -60,9 +62,12 @@ CASES = {
     "delays in chunks": (lambda: (small_net(delay=3), {"chunk": 2}), "cpu graph", {"cpu chain": CARRIED}),
     "cycle": (lambda: graph(feedback=3), "cpu graph", {"cpu chain": LATE.format(1, 3)}),
     "late recurrence": (lambda: graph(delay=18), "cpu graph", {"cpu chain": LATE.format(0, 18)}),
-    "lists": (lambda: graph(lists=True), "cpu lists", dict.fromkeys(("cpu chain", "cpu graph"), IN_LISTS)),
-    "lists with a delay": (lambda: graph(delay=18, lists=True), TURN, {
+    "lists": (lambda: graph(lists=True), "cpu lists", {"cpu chain": IN_LISTS, "cpu graph": IN_LISTS, **GRADIENTS}),
+    "lists without gradients": (lambda: graph(delay=18, lists=True).requires_grad_(False), "cpu events", {
         "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS,
+    }),
+    "lists with a delay": (lambda: graph(delay=18, lists=True), TURN, {
+        "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS, **GRADIENTS,
         "cpu lists": f"what population 0 sends {TURNS.format(18)}",
     }),
     "dropout": (lambda: small_net(dropout=0.3).train(), "cpu chain", {}),
@@ -75,7 +80,7 @@ CASES = {
         TURN: "those of backend torch are the reference", "modules in turn": NO_MODULE,
     }),
     "float64": (lambda: small_net().double(), "reference", {
-        **dict.fromkeys(KERNELS, "needs float32 tensors, not torch.float64"),
+        **dict.fromkeys(KERNELS, "needs float32 tensors, not torch.float64"), "cpu events": NO_LISTS,
         TURN: "no other backend serves them", "modules in turn": NO_MODULE,
     }),
 }  # fmt: skip
@@ -120,7 +125,8 @@ def test_the_way_that_runs_and_the_reason_of_each_before_it(case, autocast, requ
 def test_a_forced_backend_keeps_its_ways_and_an_error_lists_the_reason_of_each():
     net = small_net(backend="cpu").double()
     needs = "needs float32 tensors, not torch.float64"
-    with pytest.raises(BackendError, match=f"{', '.join(KERNELS)}: {needs}; {TURN}: cpu: {needs}"):
+    of_events = f"cpu events: {NO_LISTS}; cpu lists: {needs}"
+    with pytest.raises(BackendError, match=f"cpu chain, cpu graph: {needs}; {of_events}; {TURN}: cpu: {needs}"):
         net(X.double())
 
 

@@ -1,7 +1,7 @@
 """The activity of spiking populations: counts, rates, spikes in a backend's own form, synaptic operations."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
@@ -17,15 +17,19 @@ NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
 StackState = tuple[NeuronState, ...]
 
 
-class Spikes(Protocol):
-    """Spikes of one population, in a backend's own form."""
+class Spikes:
+    """Spikes of one population, in a backend's own form, of which it has :meth:`dense`."""
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order; without gradient unless requested."""
-        ...
+        raise NotImplementedError
+
+    def events(self) -> torch.Tensor:
+        """The spikes one by one, int64 [spikes, 3]: the step, the sample and the neuron of each, in this order."""
+        return self.dense().nonzero()
 
 
-class DenseSpikes:
+class DenseSpikes(Spikes):
     """Spikes of one population kept as the float tensor that the backend computed."""
 
     def __init__(self, spikes: torch.Tensor) -> None:

@@ -13,7 +13,7 @@ from g2g_kernels.ops.record import Form, built, opened
 from g2g_kernels.tracing import replaced
 
 
-class ChunkedSpikes:
+class ChunkedSpikes(Spikes):
     """Spikes of one population, chunk after chunk (``chunks``)."""
 
     def __init__(self, chunks: Sequence[Spikes]) -> None:
@@ -67,7 +67,7 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
 
     def again(*given: torch.Tensor) -> list[torch.Tensor]:
         x, before, populations = built(form, given)
-        activity = run(replaced(call, x=x, before=before, populations=populations))
+        activity = run(replaced(call, x=x, before=before, populations=populations, repeated=True))
         sent = [each and each.dense() for each in activity.sent]
         spikes[:] = activity.spikes
         results, of_results[:] = opened((activity.counts, activity.rates, activity.states, sent))

@@ -27,7 +27,7 @@ from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.derivatives import Recomputed
-from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operator_of
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.population import (
@@ -97,15 +97,20 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def refuses_call(call: Call, unread_fields: Sequence[str]) -> str | None:
-    """Why no kernel for several populations that does not read these fields can serve a call, or None."""
-    if reason := refuses_kernels(call, unread_fields):
-        return reason
+def refuses_tensors(call: Call, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why no kernel for numbers of a dtype can take a call's tensors, or None."""
     for tensor in opened((call.x, call.populations))[0]:
         if not tensor.is_cpu:
             return f"needs tensors on the CPU, not on {tensor.device}"
-        if tensor.dtype not in (torch.float32, torch.bool, torch.int64):  # (delays; x is floating point)
-            return f"needs float32 tensors, not {tensor.dtype}"
+        if tensor.dtype not in (dtype, torch.bool, torch.int64):  # (delays; x is floating point)
+            return f"needs {str(dtype).removeprefix('torch.')} tensors, not {tensor.dtype}"
+    return None
+
+
+def refuses_call(call: Call, unread_fields: Sequence[str]) -> str | None:
+    """Why no kernel for several populations that does not read these fields can serve a call, or None."""
+    if reason := refuses_kernels(call, unread_fields) or refuses_tensors(call):
+        return reason
     if total_steps(call) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
     if call.x.numel() == 0:
@@ -132,7 +137,7 @@ def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
     return replaced(activity, sent=(*sent, None))
 
 
-class LastSpikes:
+class LastSpikes(Spikes):
     """What population ``number`` sent in the last ``steps`` of the run of a call with these ``spikes``, and before it.
     ``graph`` runs the call again for the gradient, which the chain's kernels do not compute."""
 
@@ -187,7 +192,7 @@ def _joins(feed: Plan, recurrent: Plan) -> bool:
     return bool(lib.g2g_plans_same_rows(of_feed, own) and lib.g2g_plans_aligned(of_feed, own))
 
 
-class PackedSpikes:
+class PackedSpikes(Spikes):
     """Spikes of one layer, one bit each."""
 
     def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:

@@ -93,6 +93,7 @@ class Call(NamedTuple):
         spikes: whether spikes over time need a gradient.
         plain: whether derivatives are wanted that only plain operations have.
         carried: whether what delays carry into the run has a gradient.
+        repeated: whether the run is computed again for its gradients, and then needs the same spikes to the last bit.
         modules: what calls the modules of a network instead, ``run(call)``, and ``why`` that is needed; None: nothing.
     """
 
@@ -104,6 +105,7 @@ class Call(NamedTuple):
     spikes: bool = False
     plain: bool = False
     carried: bool = False
+    repeated: bool = False
     modules: Any = None
 
 

@@ -1,8 +1,8 @@
 """The table of ways to run a network, and the choice among them.
 
-In order of preference: Triton's chain; the CPU's chain, graph and lists; operators in turn on the network's backend;
-``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before the choice
-(:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
+In order of preference: Triton's chain; the CPU's chain, graph, events and lists; operators in turn on the network's
+backend; ``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before the
+choice (:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
 """
 
 import os
@@ -17,7 +17,7 @@ from g2g_kernels.dispatch import ANY, BACKENDS, Choice, Operator, Way, forced_ba
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import operator as linear_operator
-from g2g_kernels.ops.g2g_stack import cpu, graph, recurrent_lists, reference
+from g2g_kernels.ops.g2g_stack import cpu, events, graph, recurrent_lists, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Synapses
 from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
@@ -83,6 +83,7 @@ WAYS = Operator("g2g_stack")
 WAYS.register_module("triton", _triton, "triton chain")
 WAYS.register("cpu", partial(cpu.g2g_stack, again=graph.g2g_graph), cpu.refuses, "cpu chain")
 WAYS.register("cpu", graph.g2g_graph, graph.refuses, "cpu graph")
+WAYS.register("cpu", events.g2g_events, events.refuses, "cpu events")
 WAYS.register("cpu", recurrent_lists.g2g_lists, recurrent_lists.refuses, "cpu lists")
 WAYS.register(ANY, run_operators, refuses_operators, "operators in turn")
 WAYS.register("torch", reference.g2g_stack, reference.refuses, "reference")
@@ -137,7 +138,8 @@ def _signature(call: Call, tensors: Sequence[torch.Tensor], form: Form) -> Hasha
     reads (a test holds that), and the backends; None if a part may change in place."""
     if not isinstance(call.x, torch.Tensor) or isinstance(call.steps, torch.Tensor):
         return None
-    key: list[Any] = [call.plain, os.environ.get("G2G_BACKEND"), *BACKENDS.values(), *WAYS.ways.values()]
+    key: list[Any] = [call.plain, torch.is_grad_enabled(), os.environ.get("G2G_BACKEND")]
+    key += *BACKENDS.values(), *WAYS.ways.values()
     for tensor in tensors:
         key += tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
     for part in form:

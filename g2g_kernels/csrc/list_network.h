@@ -1,0 +1,623 @@
+// Populations that are joined by weights in lists (lists.h), forward over all steps: what a spike costs is the weights that it
+// visits. Spikes are lists, too, and a delay is the place of a list in a ring; nothing of [T][B][N] is formed.
+//
+// A sample is one task, since samples fire at other times and share no list. In a step each population, in an order that
+// connections without a delay allow, takes what arrives and gives its spikes. Neurons of the model CubaLif are visited where something
+// arrives or where they may fire without it, or all are passed over, a vector at a time; other models are always passed over. In exact
+// arithmetic visits and passes are equal. Sums have one order: connections as they are given, sources ascending.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <vector>
+
+#include "interface.h"
+#include "lists.h"
+#include "neurons.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace g2g::G2G_ISA {
+
+// Weights of one source that something arrives over, times a factor.
+struct Arrival {
+    const int32_t* target;
+    const Real* weight;
+    int64_t count;
+    Real factor;
+    bool to_membrane;
+};
+using Arrivals = std::vector<Arrival>;
+
+// A list comes from memory: its first lines are fetched early.
+inline void fetch(const Arrival& next) {
+    for (int64_t e = 0; e < least(next.count, 64); e += 16) {
+        __builtin_prefetch(next.target + e);
+        __builtin_prefetch(next.weight + e);
+    }
+}
+constexpr size_t kListsAhead = 2;
+
+// A parameter of each of a population's neurons, decays clamped: one number that all have (step 0), or one each.
+struct OfNeurons {
+    std::vector<Real> numbers;
+    int64_t step;
+
+    OfNeurons(const Parameter& parameter, bool decay, int64_t size) {
+        const Real* const given = reinterpret_cast<const Real*>(parameter.value);
+        step = parameter.per_neuron && std::any_of(given, given + size, [&](Real each) { return each != given[0]; });
+        numbers.assign(step ? (size + W - 1) / W * W : W, given[0]);
+        if (step) std::copy(given, given + size, numbers.begin());
+        if (decay)
+            for (Real& each : numbers) each = std::clamp(each, Real(0), Real(1));
+    }
+    Vec vector(int64_t i) const { return load(numbers.data() + i * step); }
+    Real of(int64_t i) const { return numbers[i * step]; }
+};
+
+// A population as all samples share it.
+struct SharedPopulation {
+    const ListPopulation& given;
+    const ModelInfo& model = model_info(given.neurons);
+    int64_t size = given.size, padded = (size + W - 1) / W * W;
+    std::vector<OfNeurons> parameters;
+    // of Visits: [steps + 1][3], what is left of u and of g after so many steps, and what a g of 1 has given to u; the most of that in
+    // any time; whether u stays below max(u, g, 0)
+    std::vector<Real> decayed;
+    Real kappa = 0;
+    bool bounded = false;
+
+    explicit SharedPopulation(const ListPopulation& population) : given(population) {
+        for (int k = 0; k < model.parameters; ++k)
+            parameters.emplace_back(given.neurons.parameters[k], model.decays[k], size);
+        with_step(given.neurons, [](auto, auto) { return true; });  // throws for an unknown reset
+    }
+};
+
+// What arrives in each step at the current and at the membrane of a population: biases, and inputs that are held; empty: nothing.
+struct Held {
+    std::vector<Real> at[2];
+    bool any() const { return !at[0].empty() || !at[1].empty(); }
+};
+
+// A number of steps; a part of one is a whole one.
+inline int32_t steps_of(Real number) { return static_cast<int32_t>(std::min(std::ceil(number), Real(1 << 29))); }
+
+// A population of a sample.
+struct Stepper {
+    virtual ~Stepper() = default;
+    // Appends the neurons that fire in step t, ascending, if nothing that arrives in it has a part in that.
+    virtual void fire(int32_t, std::vector<int32_t>&) {}
+    // Takes what arrives in step t; appends the neurons that fire in it, ascending, if they did not before.
+    virtual void receive(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) = 0;
+    // The states after the last step, t, each `stride` after the one before it.
+    virtual void end(int32_t t, Real* states, int64_t stride) = 0;
+};
+
+// f(arrival, target, what arrives there) for all that arrives, and ahead(target) some time before.
+template <class F, class Ahead>
+void each_weight(const Arrivals& arrivals, const Ahead& ahead, const F& f) {
+    constexpr int64_t kAhead = 8;
+    for (size_t i = 0; i < arrivals.size(); ++i) {
+        if (i + kListsAhead < arrivals.size()) fetch(arrivals[i + kListsAhead]);
+        const Arrival arrival = arrivals[i];
+        for (int64_t e = 0; e < arrival.count; ++e) {
+            if (e + kAhead < arrival.count) ahead(arrival.target[e + kAhead]);
+            f(arrival, arrival.target[e], arrival.factor * arrival.weight[e]);
+        }
+    }
+}
+
+// --- any model --------------------------------------------------------------------------------------------------
+
+// Where the membrane takes a current of its own in a step from the states `before`, of a model whose current goes elsewhere.
+template <class M, int R>
+G2G_INLINE IntVec takes(const Vec (&before)[M::info.states], const Vec (&p)[M::info.parameters]) {
+    return R == kZero ? ~(before[M::info.states - 1] > p[M::info.parameters - 1]) : Vec{} == Vec{};
+}
+
+// Passes over all neurons. What arrives is added up before.
+template <class M, int R>
+struct AllNeurons : Stepper {
+    static constexpr int S = M::info.states, P = M::info.parameters;
+    const SharedPopulation& shared;
+    const Held& held;
+    std::vector<Real> states, arrived[2];  // [states][padded]; what has arrived at the current and at the membrane
+    std::vector<uint8_t> reached;          // of each vector: whether something has
+
+    AllNeurons(const SharedPopulation& population, const Held& constant, const Real* before, int64_t stride)
+        : shared(population), held(constant) {
+        states.resize(S * shared.padded);
+        reached.resize(shared.padded / W);
+        for (int s = 0; before && s < S; ++s) std::copy_n(before + s * stride, shared.size, states.begin() + s * shared.padded);
+    }
+
+    void receive(int32_t, const Arrivals& arrivals, std::vector<int32_t>& fired) override {
+        for (const Arrival& arrival : arrivals) arrived[arrival.to_membrane].resize(shared.padded);
+        Real* const to[2] = {arrived[0].data(), arrived[1].data()};
+        uint8_t* const any = reached.data();
+        each_weight(
+            arrivals, [](int32_t) {},
+            [&](const Arrival& arrival, int32_t n, Real x) { to[arrival.to_membrane][n] += x, any[n / W] = 1; });
+        for (int64_t i = 0; i < shared.padded; i += W) {
+            const Vec current = take(0, i), membrane = take(1, i);
+            reached[i / W] = 0;
+            Vec before[S], now[S], p[P];
+            for (int s = 0; s < S; ++s) now[s] = before[s] = load(states.data() + s * shared.padded + i);
+            for (int k = 0; k < P; ++k) p[k] = shared.parameters[k].vector(i);
+            M::template charge<R>(now, current, p);
+            now[S - 1] = takes<M, R>(before, p) ? now[S - 1] + membrane : now[S - 1];
+            for (int s = 0; s < S; ++s) store(states.data() + s * shared.padded + i, now[s]);
+            for (uint64_t bits = greater_bits(now[S - 1], p[P - 1]); bits; bits &= bits - 1) {
+                const int64_t n = i + __builtin_ctzll(bits);
+                if (n < shared.size) fired.push_back(static_cast<int32_t>(n));
+            }
+        }
+    }
+    void end(int32_t, Real* after, int64_t stride) override {
+        for (int s = 0; s < S; ++s) std::copy_n(states.begin() + s * shared.padded, shared.size, after + s * stride);
+    }
+
+private:
+    // What arrives at a vector of neurons.
+    Vec take(int port, int64_t i) {
+        Vec sum = held.at[port].empty() ? Vec{} : load(held.at[port].data() + i);
+        if (reached[i / W] && !arrived[port].empty()) {
+            sum += load(arrived[port].data() + i);
+            store(arrived[port].data() + i, Vec{});
+        }
+        return sum;
+    }
+};
+
+// --- CubaLif ----------------------------------------------------------------------------------------------------
+//
+// Where ready, in step t:  u ← β·u + c·g, then g ← γ·g;  a spike where u > θ;  without one, what arrives is added. Since it is added
+// last, all that happens between two arrivals is a linear step, which n times over is u ← βⁿ·u + cₙ·g, g ← γⁿ·g.
+
+// A neuron after a step. It is ready from step `ready` on.
+struct CubaLifState {
+    Real u, g;
+    int32_t ready;
+};
+
+template <int R>
+struct Firing {
+    const OfNeurons &refractory, &resets_current;
+
+    explicit Firing(const SharedPopulation& shared) : refractory(shared.parameters[3]), resets_current(shared.parameters[4]) {}
+    // The state after a spike in step t.
+    CubaLifState state(int32_t n, int32_t t, Real u, Real g, Real theta) const {
+        const Real left = R == kZero ? Real(0) : R == kSubtract ? u - theta : u;
+        return {left, resets_current.of(n) > 0 ? Real(0) : g, t + std::max(steps_of(refractory.of(n)), 1)};
+    }
+};
+
+// Passes over all neurons. Those that are not ready are passed over as well, and then set to what they were.
+template <int R>
+struct Passes {
+    struct Frozen {
+        int32_t neuron;
+        CubaLifState state;
+    };
+    const SharedPopulation& shared;
+    const Held& held;
+    const Firing<R> firing{shared};
+    std::vector<Real> u, g;
+    std::vector<int32_t> ready;
+    std::vector<Frozen> frozen;
+
+    Passes(const SharedPopulation& population, const Held& constant) : shared(population), held(constant) {
+        u.resize(shared.padded), g.resize(shared.padded), ready.resize(shared.size);
+    }
+    void set(int32_t n, int32_t t, const CubaLifState& state) {
+        u[n] = state.u, g[n] = state.g, ready[n] = state.ready;
+        if (state.ready > t + 1) frozen.push_back({n, state});
+    }
+    CubaLifState get(int32_t n, int32_t) const { return {u[n], g[n], ready[n]}; }
+
+    void fire(int32_t t, std::vector<int32_t>& fired) {
+        const auto& p = shared.parameters;
+        const bool alike = !p[0].step && !p[1].step && !p[2].step && !p[5].step;
+        alike ? pass<true>(t, fired) : pass<false>(t, fired);
+    }
+    void receive(int32_t t, const Arrivals& arrivals) {
+        Real* const to[2] = {g.data(), u.data()};
+        each_weight(
+            arrivals, [](int32_t) {},
+            [&](const Arrival& arrival, int32_t n, Real x) { to[arrival.to_membrane][n] += x; });
+        for (int port = 0; port < 2; ++port)
+            for (size_t i = 0; i < held.at[port].size(); i += W) store(to[port] + i, load(to[port] + i) + load(held.at[port].data() + i));
+        size_t kept = 0;
+        for (const Frozen& each : frozen) {
+            u[each.neuron] = each.state.u, g[each.neuron] = each.state.g;
+            if (each.state.ready > t + 1) frozen[kept++] = each;
+        }
+        frozen.resize(kept);
+    }
+
+private:
+    template <bool Alike>
+    void pass(int32_t t, std::vector<int32_t>& fired) {
+        const int64_t padded = shared.padded;
+        Real *const at_u = u.data(), *const at_g = g.data();
+        const OfNeurons* const p = shared.parameters.data();
+        const Vec of_all[] = {p[0].vector(0), p[1].vector(0), p[2].vector(0), p[5].vector(0)};
+        const auto of = [&](int k, int64_t i) { return Alike ? of_all[k] : p[k == 3 ? 5 : k].vector(i); };
+        for (int64_t i = 0; i < padded; i += W) {
+            const Vec before = load(at_g + i), now = of(1, i) * load(at_u + i) + of(2, i) * before;
+            store(at_g + i, of(0, i) * before);
+            store(at_u + i, now);
+            for (uint64_t bits = greater_bits(now, of(3, i)); __builtin_expect(bits != 0, 0); bits &= bits - 1) {
+                const auto n = static_cast<int32_t>(i + __builtin_ctzll(bits));
+                if (n >= shared.size || ready[n] > t) continue;
+                const CubaLifState after = firing.state(n, t, u[n], g[n], p[5].of(n));
+                ready[n] = after.ready;
+                frozen.push_back({n, after});
+                fired.push_back(n);
+            }
+        }
+    }
+};
+
+// Visits neurons that something arrives at, and *hot* ones, which may reach their threshold without it. Others are caught up when they
+// are visited. While nothing arrives u stays below max(u, g, 0), if β + c ≤ 1, and below max(u, 0) + κ·max(g, 0), κ = max cₙ.
+template <int R>
+struct Visits {
+    struct State {
+        Real u, g;
+        int32_t at;                    // the step after which they hold
+        uint32_t ready : 31, hot : 1;
+    };
+    const SharedPopulation& shared;
+    const Firing<R> firing{shared};
+    std::vector<State> states;
+    std::vector<int32_t> hot;
+    const Real *const decayed = shared.decayed.data(), *const thetas = shared.parameters[5].numbers.data();
+    const int64_t theta_step = shared.parameters[5].step;
+    const bool bounded = shared.bounded;
+    const Real kappa = shared.kappa;
+
+    explicit Visits(const SharedPopulation& population) : shared(population) { states.resize(shared.size); }
+    void set(int32_t n, int32_t t, const CubaLifState& state) {
+        State& s = states[n];
+        put(s, std::max(state.ready - 1, t), state);
+        heat(s, n);
+    }
+    CubaLifState get(int32_t n, int32_t t) {
+        State& s = states[n];
+        if (s.at < t) catch_up(s, t);
+        return {s.u, s.g, static_cast<int32_t>(s.ready)};
+    }
+
+    void fire(int32_t t, std::vector<int32_t>& fired) {
+        size_t kept = 0;
+        for (const int32_t n : hot) {
+            State& s = states[n];
+            if (t >= static_cast<int32_t>(s.ready)) {
+                const Real theta = thetas[n * theta_step];
+                catch_up(s, t);
+                if (s.u > theta) {
+                    const CubaLifState after = firing.state(n, t, s.u, s.g, theta);
+                    put(s, after.ready - 1, after);
+                    fired.push_back(n);
+                }
+                if (quiet(s, theta)) {
+                    s.hot = 0;
+                    continue;
+                }
+            }
+            hot[kept++] = n;
+        }
+        hot.resize(kept);
+        std::sort(fired.begin(), fired.end());
+    }
+    void receive(int32_t t, const Arrivals& arrivals) {
+        each_weight(
+            arrivals, [&](int32_t n) { __builtin_prefetch(&states[n], 1); },
+            [&](const Arrival& arrival, int32_t n, Real x) {
+                State& s = states[n];
+                if (t < static_cast<int32_t>(s.ready)) return;
+                if (s.at < t) catch_up(s, t);
+                (arrival.to_membrane ? s.u : s.g) += x;
+                heat(s, n);
+            });
+    }
+
+private:
+    static void put(State& s, int32_t at, const CubaLifState& state) {
+        s.u = state.u, s.g = state.g, s.at = at, s.ready = static_cast<uint32_t>(std::max(state.ready, 0));
+    }
+    // Whether a neuron cannot reach its threshold alone, nor by rounding.
+    bool quiet(const State& s, Real theta) const {
+        constexpr Real kRounding = 32 * (sizeof(Real) == 4 ? Real(0x1p-23) : Real(0x1p-52));
+        const Real limit = theta - std::abs(theta) * kRounding;
+        return (bounded && limit >= 0 && s.u <= limit && s.g <= limit) ||
+               std::max(s.u, Real(0)) + kappa * std::max(s.g, Real(0)) <= limit;
+    }
+    void heat(State& s, int32_t n) {
+        if (!s.hot && !quiet(s, thetas[n * theta_step])) s.hot = 1, hot.push_back(n);
+    }
+    void catch_up(State& s, int32_t t) const {
+        const Real* const left = decayed + 3 * int64_t{t - s.at};
+        s.u = left[0] * s.u + left[2] * s.g, s.g *= left[1], s.at = t;
+    }
+};
+
+// What Visits reads of a population; nothing where it cannot serve: where neurons have decays of their own, or g lowers u.
+inline void prepare_visits(SharedPopulation& shared, int64_t steps) {
+    const auto& p = shared.parameters;
+    if (!shared.model.at_once || p[0].step || p[1].step || p[2].step) return;
+    const double decay_g = p[0].of(0), decay_u = p[1].of(0), gain = p[2].of(0);
+    if (!(gain >= 0 && std::isfinite(gain))) return;
+    shared.bounded = decay_u + gain <= 1;
+    double u = 1, g = 1, given = 0;
+    for (int64_t n = 0; n <= steps; ++n) {
+        for (const double each : {u, g, given}) shared.decayed.push_back(static_cast<Real>(each));
+        shared.kappa = std::max(shared.kappa, static_cast<Real>(given));
+        given = decay_u * given + gain * g, u *= decay_u, g *= decay_g;
+    }
+}
+
+// Nanoseconds of a neuron in a pass, of a weight that is added there, of a hot neuron, and of a weight that visits one
+// (PERFORMANCE.md).
+constexpr double kPassed = 0.14, kAdded = 4.5, kHot = 15.0, kVisited = 8.0;
+// Steps that are counted before a change, and steps without one after visits that cost more.
+constexpr int32_t kCounted = 64, kStays = 2048;
+
+// By visits or by passes, whichever its last steps would have been cheaper by: nothing that depends on time or on threads.
+template <int R>
+struct CubaLifs : Stepper {
+    const SharedPopulation& shared;
+    const Held& held;
+    const double visit_cost;  // a factor on the cost of visits; 0: always these, ∞: never
+    const bool can_visit = !shared.decayed.empty() && !held.any() && visit_cost < INFINITY;
+    std::unique_ptr<Passes<R>> passes;
+    std::unique_ptr<Visits<R>> visits;
+    int64_t added = 0, hot = 0;  // since step `counted`
+    int32_t counted = 0;
+
+    CubaLifs(const SharedPopulation& population, const Held& constant, double cost, const Real* before, int64_t stride)
+        : shared(population), held(constant), visit_cost(cost) {
+        const auto state = [&](int32_t n, int32_t) -> CubaLifState {
+            if (!before) return {0, 0, 0};
+            return {before[2 * stride + n], before[stride + n], steps_of(before[n])};
+        };
+        can_visit ? fill(visits, -1, state) : fill(passes, -1, state);
+    }
+
+    void fire(int32_t t, std::vector<int32_t>& fired) override { visits ? visits->fire(t, fired) : passes->fire(t, fired); }
+    void receive(int32_t t, const Arrivals& arrivals, std::vector<int32_t>&) override {
+        visits ? visits->receive(t, arrivals) : passes->receive(t, arrivals);
+        if (!can_visit) return;
+        for (const Arrival& arrival : arrivals) added += arrival.count;
+        hot += visits ? visits->hot.size() : 0;
+        if (t + 1 - counted < kCounted) return;
+        const double of_passes = kCounted * kPassed * shared.size + added * kAdded;
+        const double of_visits = visit_cost * (hot * kHot + added * kVisited);  // after passes without its hot neurons
+        counted = t + 1, added = hot = 0;
+        if (visits && of_visits > 1.5 * of_passes) {
+            fill(passes, t, [&](int32_t n, int32_t now) { return visits->get(n, now); });
+            visits.reset();
+            counted += kStays;
+        } else if (passes && 1.5 * of_visits < of_passes) {
+            fill(visits, t, [&](int32_t n, int32_t now) { return passes->get(n, now); });
+            passes.reset();
+        }
+    }
+
+    void end(int32_t t, Real* states, int64_t stride) override {
+        for (int32_t n = 0; n < shared.size; ++n) {
+            const CubaLifState after = visits ? visits->get(n, t) : passes->get(n, t);
+            states[n] = static_cast<Real>(std::max(after.ready - (t + 1), 0));
+            states[stride + n] = after.g, states[2 * stride + n] = after.u;
+        }
+    }
+
+private:
+    // Makes passes, or visits, of the states after step t.
+    template <class Engine, class State>
+    void fill(std::unique_ptr<Engine>& engine, int32_t t, const State& state) {
+        if constexpr (std::is_same_v<Engine, Visits<R>>)
+            engine = std::make_unique<Engine>(shared);
+        else
+            engine = std::make_unique<Engine>(shared, held);
+        for (int32_t n = 0; n < shared.size; ++n) engine->set(n, t, state(n, t));
+    }
+};
+
+template <class M, int R>
+std::unique_ptr<Stepper> stepper(const SharedPopulation& shared, const Held& held, double visit_cost, const Real* before,
+                                 int64_t stride) {
+    if constexpr (std::is_same_v<M, CubaLif>)
+        return std::make_unique<CubaLifs<R>>(shared, held, visit_cost, before, stride);
+    else
+        return std::make_unique<AllNeurons<M, R>>(shared, held, before, stride);
+}
+
+// --- a network --------------------------------------------------------------------------------------------------
+
+// What a source sends in a step: neurons, ascending, and how much each (empty: 1).
+struct Sent {
+    std::vector<int32_t> neurons;
+    std::vector<Real> sizes;
+
+    void clear() { neurons.clear(), sizes.clear(); }
+    // Those of a row that are not 0.
+    void read(const Real* row, int64_t size) {
+        clear();
+        const auto add = [&](int64_t n) {
+            if (row[n] != Real(0)) neurons.push_back(static_cast<int32_t>(n)), sizes.push_back(row[n]);
+        };
+        int64_t n = 0;
+        for (; n + W <= size; n += W)
+            for (uint64_t bits = nonzero_bits(load(row + n)); bits; bits &= bits - 1) add(n + __builtin_ctzll(bits));
+        for (; n < size; ++n) add(n);
+    }
+    Real size(size_t i) const { return sizes.empty() ? Real(1) : sizes[i]; }
+};
+
+// What all samples share.
+struct NetworkCall {
+    const ListNetwork& a;
+    std::vector<SharedPopulation> populations;
+    std::vector<int32_t> rings;  // steps of each source that are kept, the inputs' last
+
+    explicit NetworkCall(const ListNetwork& network) : a(network) {
+        for (int32_t p = 0; p < a.population_count; ++p) populations.emplace_back(a.populations[p]);
+        rings.assign(a.population_count + 1, 1);
+        for (int32_t c = 0; c < a.connection_count; ++c) {
+            const ListConnection& each = a.connections[c];
+            int32_t& ring = rings[source(each)];
+            ring = std::max(ring, each.most + 1);
+        }
+    }
+    int32_t source(const ListConnection& each) const { return each.source < 0 ? a.population_count : each.source; }
+    // Whether a connection brings the same in each step.
+    bool constant(const ListConnection& each) const { return a.held && each.source < 0 && each.most == 0; }
+};
+
+class SampleRun {
+    const NetworkCall& call;
+    const ListNetwork& a = call.a;
+    const int64_t sample;
+    std::vector<Held> held;
+    std::vector<std::unique_ptr<Stepper>> steppers;
+    std::vector<std::vector<Sent>> sent;  // of each source, a ring of steps
+    Arrivals arrivals;
+    std::vector<std::pair<int32_t, Real>> late;
+
+    void arrive(const ListConnection& each, int32_t source, Real size) {
+        const int64_t* const first = each.lists->first.data() + source;
+        const Real* const weights = static_cast<const Real*>(each.weights) + first[0];
+        if (first[1] > first[0])
+            arrivals.push_back({each.lists->other.data() + first[0], weights, first[1] - first[0], size, each.to_membrane != 0});
+    }
+    Sent& of(int32_t source, int64_t t) {
+        std::vector<Sent>& ring = sent[source];
+        const auto size = static_cast<int64_t>(ring.size());
+        return ring[(t % size + size) % size];
+    }
+
+    // Appends what a connection brings in step t.
+    void gather(const ListConnection& each, int64_t t) {
+        const int32_t source = call.source(each);
+        if (!each.delays) {
+            const Sent& from = of(source, t - each.least);
+            for (size_t i = 0; i < from.neurons.size(); ++i) arrive(each, from.neurons[i], from.size(i));
+            return;
+        }
+        late.clear();
+        for (int32_t delay = each.least; delay <= each.most; ++delay) {
+            const Sent& from = of(source, t - delay);
+            for (size_t i = 0; i < from.neurons.size(); ++i)
+                if (each.delays[from.neurons[i]] == delay) late.emplace_back(from.neurons[i], from.size(i));
+        }
+        std::sort(late.begin(), late.end());
+        for (const auto& [neuron, size] : late) arrive(each, neuron, size);
+    }
+
+    void read_inputs(int64_t t) {
+        const int64_t row = (a.held ? 0 : t) * a.samples + sample;
+        of(a.population_count, t).read(static_cast<const Real*>(a.x) + row * a.inputs, a.inputs);
+    }
+
+    // Adds up what is the same in each step.
+    void hold() {
+        held.resize(a.population_count);
+        for (int32_t c = 0; c < a.connection_count; ++c) {
+            const ListConnection& each = a.connections[c];
+            if (!each.bias && !call.constant(each)) continue;
+            const SharedPopulation& target = call.populations[each.target];
+            std::vector<Real>& sum = held[each.target].at[each.to_membrane];
+            sum.resize(target.padded);
+            for (int64_t n = 0; each.bias && n < target.size; ++n) sum[n] += static_cast<const Real*>(each.bias)[n];
+            if (!call.constant(each)) continue;
+            read_inputs(0);
+            arrivals.clear();
+            gather(each, 0);
+            each_weight(
+                arrivals, [](int32_t) {}, [&](const Arrival&, int32_t n, Real x) { sum[n] += x; });
+        }
+    }
+
+public:
+    SampleRun(const NetworkCall& network, int64_t number) : call(network), sample(number) {
+        for (int32_t source = 0; source <= a.population_count; ++source) {
+            const bool inputs = source == a.population_count;
+            const int64_t size = inputs ? a.inputs : a.populations[source].size;
+            const auto before = static_cast<const Real*>(inputs ? a.before : a.populations[source].sent);
+            const int64_t known = !before ? 0 : inputs ? a.before_steps : a.populations[source].sent_steps;
+            sent.emplace_back(call.rings[source]);
+            for (int64_t ago = 1; ago <= least(known, call.rings[source] - 1); ++ago)
+                of(source, -ago).read(before + ((known - ago) * a.samples + sample) * size, size);
+        }
+        hold();
+        for (int32_t p = 0; p < a.population_count; ++p) {
+            const ListPopulation& given = a.populations[p];
+            const auto states = static_cast<const Real*>(given.state);
+            const Real* const before = states ? states + sample * given.size : nullptr;
+            steppers.push_back(with_step(given.neurons, [&](auto model, auto reset) {
+                return stepper<decltype(model), decltype(reset)::value>(call.populations[p], held[p], a.visit_cost, before,
+                                                                        int64_t{a.samples} * given.size);
+            }));
+        }
+    }
+
+    void run() {
+        for (int32_t t = 0; t < a.steps; ++t) {
+            read_inputs(t);
+            for (int32_t p = 0; p < a.population_count; ++p) {
+                of(p, t).clear();
+                steppers[p]->fire(t, of(p, t).neurons);
+                if (call.populations[p].model.at_once) send(p, t);
+            }
+            for (int32_t i = 0; i < a.population_count; ++i) {
+                const int32_t p = a.order[i];
+                arrivals.clear();
+                for (int32_t c = 0; c < a.connection_count; ++c)
+                    if (a.connections[c].target == p && !call.constant(a.connections[c])) gather(a.connections[c], t);
+                steppers[p]->receive(t, arrivals, of(p, t).neurons);
+                if (!call.populations[p].model.at_once) send(p, t);
+            }
+        }
+        for (int32_t p = 0; p < a.population_count; ++p) {
+            const int64_t size = a.populations[p].size;
+            steppers[p]->end(a.steps - 1, static_cast<Real*>(a.populations[p].last) + sample * size, a.samples * size);
+        }
+    }
+
+private:
+    // Notes the spikes of a population in step t, but for those of neurons that are silent.
+    void send(int32_t p, int32_t t) {
+        std::vector<int32_t>& now = of(p, t).neurons;
+        if (const uint8_t* dropped = a.populations[p].dropped) {
+            dropped += sample * a.populations[p].size;
+            now.erase(std::remove_if(now.begin(), now.end(), [&](int32_t n) { return dropped[n] != 0; }), now.end());
+        }
+        SampleSpikes& spikes = a.spikes->of[p * a.samples + sample];
+        spikes.neurons.insert(spikes.neurons.end(), now.begin(), now.end());
+        spikes.counts.push_back(static_cast<int32_t>(now.size()));
+    }
+};
+
+inline void list_network(ListNetwork& a, Arena& arena) {
+    if (!arena.base) return;
+    NetworkCall call(a);
+    for (SharedPopulation& population : call.populations) prepare_visits(population, a.steps);
+    std::atomic<bool> failed{false};
+    parallel(a.threads, a.samples, 1, [&](int64_t sample, int) {
+        try {
+            SampleRun(call, sample).run();
+        } catch (const std::exception&) {
+            failed = true;
+        }
+    });
+    if (failed) throw std::bad_alloc();
+}
+
+}  // namespace g2g::G2G_ISA

@@ -22,20 +22,25 @@ if [ ! -e "$folder/ready" ]; then
   uv pip install --quiet --link-mode copy --target "$site" --python-platform x86_64-pc-windows-msvc \
     --python-version 3.13 --no-build -r pyproject.toml --extra test msvc-runtime pip
   cp "$site"/Scripts/*140*.dll "$python"
-  python - "$site/torch/lib/torch_cpu.dll" "$python" <<'PYTHON'
+  python - "$site" "$python" <<'PYTHON'
 import subprocess
 import sys
 from pathlib import Path
 
 import lief
 
-library, folder = Path(sys.argv[1]), Path(sys.argv[2])
-of_wine, of_ours = "api-ms-win-crt-math-l1-1-0.dll", "g2g-ms-win-crt-math-l1-1-0.dll"  # of equal length
-parsed = lief.parse(library)  # what it gives lives as long as it does
-functions = [entry.name for each in parsed.imports if each.name == of_wine for entry in each.entries]
+site, folder = Path(sys.argv[1]), Path(sys.argv[2])
+of_wine, of_ours = b"api-ms-win-crt-math-l1-1-0.dll", b"g2g-ms-win-crt-math-l1-1-0.dll"  # of equal length
+functions = set()
+for library in [*site.rglob("*.dll"), *site.rglob("*.pyd")]:
+    content = library.read_bytes()
+    if of_wine in content:
+        parsed = lief.parse(library)  # what it gives lives as long as it does
+        functions |= {entry.name for each in parsed.imports if each.name.encode() == of_wine for entry in each.entries}
+        library.write_bytes(content.replace(of_wine, of_ours))
 code = ["#include <complex.h>", "typedef struct { float re, im; } F;", "typedef struct { double re, im; } D;"]
-exports = [f"LIBRARY {of_ours}", "EXPORTS"]
-for name in functions:
+exports = [f"LIBRARY {of_ours.decode()}", "EXPORTS"]
+for name in sorted(functions):
     stem, of, number = (name[:-1], "F", "float") if name.endswith("f") else (name, "D", "double")
     kind = {"cabs": 0, "carg": 0, "creal": 0, "cimag": 0, "cpow": 2}.get(stem, 1)
     if stem not in ("cabs carg creal cimag cpow ccos ccosh cexp clog csin csinh csqrt ctan ctanh").split():
@@ -53,9 +58,7 @@ for name in functions:
 Path(folder, "math.c").write_text("\n".join(code) + "\n")
 Path(folder, "math.def").write_text("\n".join(exports) + "\n")
 zig = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-windows-gnu", "-O2", "-shared", "-s"]
-subprocess.run([*zig, "-o", folder / of_ours, folder / "math.c", folder / "math.def"], check=True)
-content = library.read_bytes().replace(of_wine.encode(), of_ours.encode())
-library.write_bytes(content)
+subprocess.run([*zig, "-o", folder / of_ours.decode(), folder / "math.c", folder / "math.def"], check=True)
 PYTHON
   touch "$folder/ready"
 fi

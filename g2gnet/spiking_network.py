@@ -174,13 +174,12 @@ class SpikingNetwork(PopulationGraph):
                     raise ValueError(
                         f"quantize={bits} rounds G2GLinear layers, and {name} is a {type(module).__name__}"
                     )
-        elif self._quantize is None:
-            return
         self._quantize = bits
         modules: Any = self._modules
         for projections in self._to:
             for of_input in (True, False):
                 group = [modules[each.name] for each in projections if (each.source < 0) == of_input]
+                group = [each for each in group if isinstance(each, G2GLinear)]
                 for module in group:
                     module.bits, module.scaled_with = bits, tuple([each for each in group if each is not module])
 
@@ -381,6 +380,11 @@ class SpikingNetwork(PopulationGraph):
                 bias: Any = getattr(module, "bias", True)
                 each = Connection("module", module, None, projection.source, delay, bias, onto=projection.onto)
             else:
+                if module.bits != self._quantize:
+                    raise ValueError(
+                        f"{projection.name} computes with bits={module.bits}, and the network with "
+                        f"quantize={self._quantize}: it was replaced or is another network's, too; set `quantize` again"
+                    )
                 (values, mask), observer = module.observed_weights()
                 if scale != 1 and projection.source >= 0:
                     values, observer = values * scale, observer and _of_scaled(observer, scale)

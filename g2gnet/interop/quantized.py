@@ -64,7 +64,9 @@ class IntegerNetwork(NamedTuple):
     input_scale: float
 
     def inputs(self, samples: torch.Tensor) -> torch.Tensor:
-        """Samples as integers x̄, int64 of the same shape."""
+        """Samples as integers x̄, int64 of the same shape. Raises ValueError if one is not finite."""
+        if not samples.isfinite().all():
+            raise ValueError("a sample is not finite everywhere; replace its NaN and infinite values")
         scaled = samples.double() / self.input_scale
         return scaled.round().clamp(-LARGEST_INPUT, LARGEST_INPUT).long()
 
@@ -153,6 +155,8 @@ def input_scale_of(net: SpikingNetwork, calibration: Any) -> float:
         return 1 / 255
     samples = as_samples(calibration).abs()
     most = float(samples.max())
+    if not math.isfinite(most):
+        raise ValueError("calibration is not finite everywhere; replace its NaN and infinite values")
     whole = most <= LARGEST_INPUT and torch.equal(samples, samples.round())
     return 1.0 if whole or not most else most / LARGEST_INPUT
 
@@ -282,8 +286,14 @@ class QuantizedNetwork(torch.nn.Module):
         return self.of_integers(self.integers.inputs(as_samples(samples)))
 
     def of_integers(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Integer samples x̄ [B, D] → [B, C], as :meth:`forward` gives it."""
+        """Integer samples x̄ [B, D] or [B, T·D], |x̄| ≤ 255, → [B, C], as :meth:`forward` gives it. Raises ValueError
+        for others."""
         of, answer = self.integers.plain, None
+        values = of.inputs if of.held else of.inputs * of.steps
+        if inputs.dim() != 2 or inputs.shape[1] != values:
+            raise ValueError(f"samples are {list(inputs.shape)}; this network takes [B, {values}]")
+        if (inputs.abs() > LARGEST_INPUT).any():
+            raise ValueError(f"an integer input is beyond ±{LARGEST_INPUT}; clip it, as `inputs` does with samples")
         for step in steps_of(self.integers, inputs):
             now = step.spikes[of.output].long() if of.readout == "counts" else step.membranes[of.output]
             if answer is None or of.readout == "last":

@@ -208,8 +208,11 @@ class RunFiles:
             differing.append(f"The run cannot go on for more epochs: {depended}.")
         named = "`name=NAME` to train another run in this directory, " if hasattr(ours, "name") else ""
         what = "\n".join([f"{path} belongs to a run with different settings:", *differing])
-        remedy = f"{named}{self.elsewhere}, or delete {self.names()} to start over."
-        raise CheckpointError(f"{what}\nGive the settings that it was made with, {remedy}")
+        remedy = f"{named}{self.elsewhere}"
+        start = getattr(ours, "start", None)
+        if start is None or Path(start).resolve() not in [each.resolve() for each in self._all.values()]:
+            remedy += f", or delete {self.names()} to start over"
+        raise CheckpointError(f"{what}\nGive the settings that it was made with, {remedy}.")
 
     def names(self) -> str:
         """The names of the files that exist, as text."""

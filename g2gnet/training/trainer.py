@@ -192,7 +192,7 @@ class Trainer(EpochTrainer):
                 raise ValueError("\n".join(["its network is another:", *differing]))
             load_model(self.net, saved["model"])
         except UNFIT as error:
-            remedy = "give a checkpoint of a run with the same model flags"
+            remedy = "give a checkpoint of a run with the same model flags, to resume a run the one that it began with"
             raise SettingsError(f"start={path} cannot be trained on: {error}\n{remedy}") from error
 
     def _make_optimizer(self) -> torch.optim.Optimizer:

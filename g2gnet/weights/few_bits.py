@@ -12,7 +12,7 @@ SHARES = tuple(share / 20 for share in range(6, 21))
 
 def check_bits(name: str, bits: object) -> None:
     """Raises ValueError unless ``bits`` is one of :data:`BITS`."""
-    if bits not in BITS or isinstance(bits, bool):
+    if type(bits) is not int or bits not in BITS:
         raise ValueError(f"{name}={bits!r} is not one of {', '.join(map(str, BITS))}")
 
 

@@ -6,6 +6,7 @@ from layer to layer as bytes, in the order of places in which the next layer rea
 currents and their gradients. Only counts, rates and gradients of parameters return to the order of neurons.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
     units_of,
     weight_gradient,
 )
-from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operator_of
 from g2g_kernels.ops.g2g_stack.population import Call, refuses_kernels, shown, size_of, state_shape, unread
 from g2g_kernels.ops.neurons.call import NeuronsCall
@@ -537,12 +538,12 @@ def g2g_stack(call: Call) -> Activity:
     assert not isinstance(chain, str)  # others are refused
     feeds = [feed for feed, _ in chain]
     readers = [None if feed.mask.cols.in_order else feed.mask.cols.place_of for feed in feeds[1:]]
-    trains = map(DenseSpikes, given) if call.spikes else map(ByteSpikes, of_layers, [*readers, None])
+    trains: Iterable[Spikes] = map(DenseSpikes, given) if call.spikes else map(ByteSpikes, of_layers, [*readers, None])
     known = membranes if any(population.membranes for population in call.populations) else None
     return Activity(counts, tuple(rates), tuple(trains), states=tuple(last), membranes=known)
 
 
-class ByteSpikes:
+class ByteSpikes(Spikes):
     """Spikes of one layer, one byte each, in the order in which the next layer reads them."""
 
     def __init__(self, spikes: torch.Tensor, column: torch.Tensor | None) -> None:

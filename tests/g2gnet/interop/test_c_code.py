@@ -300,12 +300,44 @@ def test_a_network_trained_in_few_bits_has_the_weights_that_quantize_gives_it(bi
     assert torch.equal(counts, twin(images))
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_weights_of_few_bits_are_part_of_one_graph():
     net = G2GNet(30, [32, 16], 4, block_size=4, T=4, recurrent=True, quantize=4, enc_scale=3, generator=seeded(1))
     images = torch.rand(5, 30, generator=seeded(2))
     assert torch.equal(torch.compile(net, fullgraph=True)(images), net(images))
     assert torch.equal(torch.export.export(net.eval(), (images,)).module()(images), net(images))
+
+
+def test_a_layer_that_is_given_after_the_bits_is_refused_until_they_are_set_again():
+    net, other = (G2GNet(30, 16, 4, block_size=4, T=4, quantize=bits, generator=seeded(1)) for bits in (4, None))
+    net.fc2 = other.fc2
+    images = torch.rand(5, 30, generator=seeded(2))
+    with pytest.raises(ValueError, match="fc2 computes with bits=None, and the network with quantize=4"):
+        net(images)
+    net.quantize = 4
+    assert len(net.fc2.weights()[0].unique()) <= 15
+    with pytest.raises(ValueError, match="fc2 computes with bits=4, and the network with quantize=None"):
+        other(images)
+    net.quantize = None
+    torch.testing.assert_close(other(images), other(images))
+    with pytest.raises(ValueError, match=r"quantize=8\.0 is not one of 8, 4"):
+        net.quantize = 8.0
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (torch.rand(2, 31), r"samples are \[2, 31\]; this network takes \[B, 30\]"),
+        (torch.rand(2, 29), r"samples are \[2, 29\]"),
+        (torch.full((2, 30), float("nan")), "a sample is not finite"),
+    ],
+)
+def test_samples_that_a_network_in_integers_does_not_take_are_refused(samples, message):
+    in_bits = quantize(G2GNet(30, 16, 4, block_size=4, T=4, generator=seeded(1)), input_scale=1 / 255)
+    with pytest.raises(ValueError, match=message):
+        in_bits(samples)
+    with pytest.raises(ValueError, match="beyond ±255"):
+        in_bits.of_integers(torch.full((2, 30), 256))
 
 
 def test_no_dense_matrix_is_made_and_distant_targets_have_gaps_of_two_bytes(tmp_path, monkeypatch):

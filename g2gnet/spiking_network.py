@@ -159,9 +159,10 @@ class SpikingNetwork(PopulationGraph):
 
     @property
     def quantize(self) -> int | None:
-        """The bits of the weights that the network computes with, 8 or 4; None: those of its parameters. It may be
-        changed, as before training goes on: the parameters stay floats. Weights are rounded to whole numbers times one
-        scale for all that reach a population from others, and another one for those from the input, as
+        """The bits of the weights that the network computes with, 8 or 4, or None for those of its parameters.
+
+        It may be changed, as before training goes on; the parameters stay floats. Weights are rounded to whole numbers
+        times one scale for all that reach a population from others, and another one for those from the input, as
         :func:`g2gnet.interop.quantize` rounds them. Gradients pass by the rounding, but for weights that it clips."""
         return self._quantize
 

@@ -286,8 +286,8 @@ class QuantizedNetwork(torch.nn.Module):
         return self.of_integers(self.integers.inputs(as_samples(samples)))
 
     def of_integers(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Integer samples x̄ [B, D] or [B, T·D], |x̄| ≤ 255, → [B, C], as :meth:`forward` gives it. Raises ValueError
-        for others."""
+        """Integer samples [B, D] or [B, T·D] from −255 to 255 → [B, C], as :meth:`forward` gives it. Raises
+        ValueError for others."""
         of, answer = self.integers.plain, None
         values = of.inputs if of.held else of.inputs * of.steps
         if inputs.dim() != 2 or inputs.shape[1] != values:

@@ -18,7 +18,7 @@ StackState = tuple[NeuronState, ...]
 
 
 class Spikes:
-    """Spikes of one population, in a backend's own form, of which it has :meth:`dense`."""
+    """Spikes of one population in a backend's own form; each form defines :meth:`dense`."""
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order; without gradient unless requested."""

@@ -46,18 +46,24 @@ def chain_of(populations: Sequence[Population]) -> Chain | str:
     return chain
 
 
-def contiguous(population: Population, connections: Sequence[Connection], sent: torch.Tensor | None) -> Population:
-    """A population as kernels read it: its tensors contiguous, the parameters of its neurons [1] or [N]."""
+def contiguous(
+    population: Population,
+    connections: Sequence[Connection],
+    sent: torch.Tensor | None,
+    dtype: torch.dtype = torch.float32,
+) -> Population:
+    """A population as kernels read it: its tensors contiguous, the parameters of its neurons [1] or [N], its states and
+    what it sent of ``dtype``."""
     flat: tuple[torch.Tensor, ...] = ()
     for each in population.neurons.parameters:
-        flat = *flat, each.contiguous() if each.dim() == 1 else each.reshape(-1)
+        flat = *flat, (each if each.dim() == 1 else each.reshape(-1)).contiguous()
     dropped, state = population.dropped, population.state
     return Population(
         replaced(population.neurons, parameters=flat),
         tuple(connections),
         None if dropped is None else dropped.contiguous(),
-        None if state is None else state.float().contiguous(),
-        None if sent is None else sent.float().contiguous(),
+        None if state is None else state.to(dtype).contiguous(),
+        None if sent is None else sent.to(dtype).contiguous(),
         bool(population.membranes),
     )
 

@@ -15,6 +15,7 @@ from g2g_kernels.cpu.library import library, pointer, run, too_large
 from g2g_kernels.cpu.plans import in_lists, lists_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
+from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
 from g2g_kernels.ops.g2g_stack.cpu import delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
@@ -172,18 +173,8 @@ def g2g_events(call: Call) -> Activity:
             delay = each.delay and replaced(each.delay, learned=None)
             own = each.values.contiguous(), each.mask.tensors(), each.source, delay, bias, None, each.onto
             connections.append(Connection("linear", *own))
-        flat = tuple([each.reshape(-1).contiguous() for each in population.neurons.parameters])
         sent = sent_before(population, reach[number], call.x.dtype)
-        dropped, state = population.dropped, population.state
-        populations.append(
-            Population(
-                replaced(population.neurons, parameters=flat),
-                tuple(connections),
-                None if dropped is None else dropped.contiguous(),
-                None if state is None else state.contiguous(),
-                None if sent is None else sent.contiguous(),
-            )
-        )
+        populations.append(contiguous(population, connections, sent, call.x.dtype))
     order = tuple([number for component in components(call.populations) for number in component.members])
     before = None if call.before is None else call.before.contiguous()
     counts, neurons, last = OPERATOR(EventsCall(call.x.contiguous(), before, tuple(populations), steps, order))

@@ -7,12 +7,14 @@ import torch
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.numbers import Number
 from g2g_kernels.ops.checks import check_tensor
-from g2g_kernels.ops.g2g_conv2d import reference
+from g2g_kernels.ops.g2g_conv2d import cpu, reference
+from g2g_kernels.ops.g2g_conv2d.call import output_size
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
 from g2g_kernels.tracing import is_transformed
 
 operator = Operator("g2g_conv2d")
 operator.register("triton", reference.on_triton, reference.refuses)
+operator.register("cpu", cpu.g2g_conv2d, cpu.refuses)
 operator.register("torch", reference.g2g_conv2d, reference.refuses)
 
 
@@ -90,12 +92,3 @@ def pair_of(name: str, given: int | Sequence[int], low: int) -> Pair:
     for each in both:
         Number(low, whole=True).check(name, each)
     return both[0], both[1]
-
-
-def output_size(image: Sequence[int], kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
-    """Rows and columns of the output for images of that size."""
-    rows, columns = (
-        (image[axis] + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1) // stride[axis] + 1
-        for axis in (0, 1)
-    )
-    return rows, columns

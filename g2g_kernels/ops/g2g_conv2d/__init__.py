@@ -86,7 +86,7 @@ def g2g_conv2d(
 def pair_of(name: str, given: int | Sequence[int], low: int) -> Pair:
     """(of rows, of columns) of an option. Raises ValueError, which names it, for others than whole numbers from ``low``
     on."""
-    both = (given, given) if isinstance(given, int) else tuple(given)
+    both = tuple(given) if isinstance(given, Sequence) else (given, given)
     if len(both) != 2:
         raise ValueError(f"{name}={given!r} must be one number or two, (of rows, of columns)")
     for each in both:

@@ -1,9 +1,9 @@
 """``g2g_conv2d`` on the compiled CPU kernels: operators ``g2g::conv2d_forward`` (with its autograd formula) and
 ``g2g::conv2d_backward``.
 
-Each product is computed by events where its input is sparse enough for that to be faster: the output and the gradient of
-the weight by those of x, the gradient of x by those of ∂y. The kernels decide, by the numbers of the call, and PyTorch's
-own convolution (oneDNN) computes the others.
+Each product is computed by events where its input is sparse enough for that to be faster: the output and the gradient
+of the weight by those of x, the gradient of x by those of ∂y. The kernels decide, by the numbers of the call, and
+PyTorch's own convolution (oneDNN) computes the others.
 """
 
 from ctypes import Structure
@@ -20,8 +20,9 @@ from g2g_kernels.ops.g2g_conv2d.call import ConvolutionCall, flops, images, laid
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
 from g2g_kernels.ops.record import Backward, Differentiable, Output
 
-#: places of a row of a group are numbered in 16 bits; frames around an image grow with the reach of its kernel
-MOST_PLACES, MOST_REACH = 1 << 16, 1 << 12
+#: places of a row of a group are numbered in 16 bits; frames around an image grow with the reach of its kernel; and the
+#: rows of a kernel that ``kMostTaps`` in ``csrc/convolution.h`` allows
+MOST_PLACES, MOST_REACH, MOST_ROWS = 1 << 16, 1 << 12, 64
 
 
 def refuses(
@@ -50,6 +51,8 @@ def refuses(
     of_group = x.shape[1] // groups, weight.shape[0] // groups
     if max(x.shape[3] * of_group[0], columns * of_group[1]) > MOST_PLACES:
         return f"serves rows of at most {MOST_PLACES} numbers, columns times channels of a group"
+    if kernel[0] > MOST_ROWS:
+        return f"serves kernels of at most {MOST_ROWS} rows"
     if max((size - 1) * apart for size, apart in zip(kernel, dilation, strict=True)) > MOST_REACH:
         return f"serves kernels that reach at most {MOST_REACH} places"
     return too_large(rows=max(rows, *x.shape[2:]), padding=max(padding), stride=max(stride))

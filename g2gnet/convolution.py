@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, g2g_conv2d
+from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.g2g_conv2d import pair_of
+from g2g_kernels.ops.g2g_conv2d.reference import Pair
 from g2gnet.layers import SparseLayer
 
 #: one number for both axes of an image, two, or one of PyTorch's names of a padding
@@ -55,6 +57,7 @@ class G2GConv2d(nn.Conv2d):
     """
 
     backend: str | None
+    bias: Any
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "G2GConv2d":
         masked = kwargs.get("mask") is not None or (len(args) > 8 and args[8] is not None)
@@ -74,8 +77,11 @@ class G2GConv2d(nn.Conv2d):
         backend: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        options = _checked(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
-        super().__init__(in_channels, out_channels, *options, groups, bias)
+        kernel, stride, padding, dilation = _checked(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups
+        )
+        bias = check_flag("bias", bias)
+        super().__init__(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias)
         self.backend = backend
 
     @classmethod
@@ -116,7 +122,7 @@ class G2GConv2d(nn.Conv2d):
         layer._take(conv, weight)
         return layer
 
-    def _take(self, layer: nn.Module, weight: torch.Tensor) -> None:
+    def _take(self, layer: Any, weight: torch.Tensor) -> None:
         """Takes device, dtype, mode and parameters from a layer of the same options."""
         self.to(weight.device, weight.dtype).train(layer.training)
         for mine, given, like in ((self.weight, weight, layer.weight), (self.bias, layer.bias, layer.bias)):
@@ -129,8 +135,10 @@ class G2GConv2d(nn.Conv2d):
         if x.dim() < 3 or x.shape[-3] != self.in_channels:
             raise ValueError(f"x has shape {list(x.shape)}; give [N, {self.in_channels}, H, W], the layer's channels")
         images = x.flatten(0, -4) if x.dim() > 3 else x[None]
-        options = self.stride, self.padding, self.dilation, self.groups
-        y = g2g_conv2d(images, self.kernels(), self.bias, *options, backend=self.backend)
+        padding: Any = self.padding  # pairs of numbers, as all others
+        y = g2g_conv2d(
+            images, self.kernels(), self.bias, self.stride, padding, self.dilation, self.groups, self.backend
+        )
         return y.unflatten(0, x.shape[:-3]) if x.dim() > 3 else y[0]
 
     def kernels(self) -> torch.Tensor:
@@ -184,7 +192,7 @@ def _checked(
     padding: Size | str,
     dilation: Size,
     groups: int,
-) -> tuple[tuple[int, int], ...]:
+) -> tuple[Pair, Pair, Pair, Pair]:
     """Kernel size, stride, padding and dilation, each of both axes. Raises ValueError for what cannot be."""
     for name, number in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
         COUNT.check(name, number)

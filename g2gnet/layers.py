@@ -69,7 +69,7 @@ class SparseLayer(PackedWeights):
     """
 
     observer: StepObserver | None
-    bias: nn.Parameter | None
+    bias: Any
 
     def _make_parameters(self, bias: bool, generator: torch.Generator | None) -> None:
         """The rest of the constructor."""
@@ -93,7 +93,7 @@ class SparseLayer(PackedWeights):
                 uniform = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device) * 2 - 1
                 tensor.copy_(uniform * bound)
 
-    def _take(self, layer: nn.Module, weight: torch.Tensor) -> None:
+    def _take(self, layer: Any, weight: torch.Tensor) -> None:
         """Takes device, dtype, mode, and those of its ``weight`` that exist here from a dense layer."""
         self.to(weight.device, weight.dtype).train(layer.training)
         self.values.data.copy_(self.mask.pack(weight.detach()))

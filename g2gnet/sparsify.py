@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def sparsify(
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             holders.setdefault(parameter, []).append(name)
-    chosen: list[nn.Module] = []
+    chosen: list[Any] = []
     dense: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if not _is_dense(module) or any(module is places[skipped] for skipped in skip):

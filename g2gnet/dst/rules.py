@@ -4,7 +4,7 @@ it to :data:`PRUNE_RULES` or :data:`GROW_RULES`: flags, checks, recording and me
 import itertools
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -163,7 +163,7 @@ def kernel_gradient(
     kernel = layer.values.shape[3:]
     if not kernel:
         return unit_gradient(pairs, layer.mask, world, units)
-    places = itertools.product(*map(range, kernel))
+    places: Any = itertools.product(*map(range, kernel))
     at_place = ([(x, g[(..., *place)]) for x, g in pairs] for place in places)
     return torch.stack([unit_gradient(each, layer.mask, world, units).square() for each in at_place]).mean(0).sqrt()
 

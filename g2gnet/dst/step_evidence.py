@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ class StepEvidence:
         if self._model is not None or GRADIENT in self.needs:
             self._uncompiled = Uncompiled()
         if self._model is not None:
-            self._activity = ActivityRecorder(self._model, self._layers)
+            self._activity = ActivityRecorder(self._model, cast("Sequence[G2GLinear]", self._layers))
             self._activity.start()
         if GRADIENT in self.needs:
             for layer in layers:

@@ -58,10 +58,8 @@ def g2g_conv2d(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; give [N, C, H, W] and "
             "[out, C / groups, kernel rows, kernel columns]"
         )
-    options = tuple(
-        pair_of(name, given, low)
-        for name, given, low in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
-    )
+    stride, padding = pair_of("stride", stride, 1), pair_of("padding", padding, 0)
+    dilation = pair_of("dilation", dilation, 1)
     Number(1, whole=True).check("groups", groups)
     out_channels, of_group, *kernel = weight.shape
     if x.shape[1] != of_group * groups or out_channels % groups:
@@ -73,14 +71,14 @@ def g2g_conv2d(
         check_tensor("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias has shape {tuple(bias.shape)}, the weight gives {out_channels} channels")
-    if min(output_size(x.shape[2:], kernel, *options)) < 1:
+    if min(output_size(x.shape[2:], kernel, stride, padding, dilation)) < 1:
         raise ValueError(
-            f"images of {x.shape[2]} × {x.shape[3]} with padding {options[1]} are smaller than the kernel, "
-            f"{kernel[0]} × {kernel[1]} with dilation {options[2]}"
+            f"images of {x.shape[2]} × {x.shape[3]} with padding {padding} are smaller than the kernel, "
+            f"{kernel[0]} × {kernel[1]} with dilation {dilation}"
         )
     if is_transformed((x, weight, bias)):
-        return reference.g2g_conv2d(x, weight, bias, *options, groups)
-    return operator(x, weight, bias, *options, groups, backend=backend)
+        return reference.g2g_conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return operator(x, weight, bias, stride, padding, dilation, groups, backend=backend)
 
 
 def pair_of(name: str, given: int | Sequence[int], low: int) -> Pair:

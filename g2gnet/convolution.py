@@ -53,7 +53,7 @@ class G2GConv2d(nn.Conv2d):
         >>> layer = G2GConv2d(16, 32, 3, padding=1, mask=mask)
         >>> spikes = (torch.rand(5, 16, 12, 12) < 0.1).float()
         >>> layer.values.shape[1:], layer(spikes).shape
-        (torch.Size([2, 4, 3, 3]), torch.Size([5, 32, 12, 12]))
+        (torch.Size([4, 2, 3, 3]), torch.Size([5, 32, 12, 12]))
     """
 
     backend: str | None

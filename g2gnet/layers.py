@@ -16,14 +16,14 @@ from g2gnet.weights.packed_weights import PackedWeights
 
 #: why the dense weight cannot be written to, and what to do instead
 _NOT_WRITABLE = (
-    "of a G2GLinear is computed from its packed values at every access. Change layer.values "
+    "of a sparse layer is computed from its packed values at every access. Change layer.values "
     "(layer.values.data.copy_(layer.mask.pack(weight)), layer.reset_parameters(), layer.values.requires_grad_(False)), "
-    "or create a new layer: G2GLinear.from_linear(linear, mask)"
+    "or create a new layer: G2GLinear.from_linear(linear, mask), G2GConv2d.from_conv2d(conv, mask)"
 )
 
 
 class _DerivedWeight(torch.Tensor):
-    """The dense weight of a :class:`~g2gnet.G2GLinear`, for reading only, as is all that shares its memory (views,
+    """The dense weight of a :class:`SparseLayer`, for reading only, as is all that shares its memory (views,
     ``detach()``, ``.data``). Copies, and results computed from it, are ordinary tensors."""
 
     @classmethod
@@ -50,7 +50,7 @@ def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class StepObserver(Protocol):
-    """What :attr:`G2GLinear.observer` is told."""
+    """What :attr:`SparseLayer.observer` is told."""
 
     def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
         """The packed weights for the products of one call, and what these products are told to."""
@@ -59,7 +59,81 @@ class StepObserver(Protocol):
         """The dense weight is read."""
 
 
-class G2GLinear(PackedWeights):
+class SparseLayer(PackedWeights):
+    """A layer whose weights are the units of a mask, each weight a number or a kernel of numbers.
+
+    Attributes:
+        values: packed weights, Parameter [num_units, unit_rows, unit_cols]; kernels have two more dimensions.
+        bias: Parameter [out], or None.
+        observer: while it is set, it is told of every training step.
+    """
+
+    observer: StepObserver | None
+    bias: Any
+
+    def _make_parameters(self, bias: bool, generator: torch.Generator | None) -> None:
+        """The rest of the constructor."""
+        device = self.mask.unit_row.device
+        self.observer = None
+        self.bias = nn.Parameter(torch.empty(self.mask.shape[0], device=device)) if check_flag("bias", bias) else None
+        self.reset_parameters(generator)
+        if default_device().type != "cpu":  # where masks are created all the same
+            self.to(default_device())
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws new initial values."""
+        fan_in = self.mask.fan_in() * self.weights_of_place
+        # all neurons of a block row have the same fan-in: read that of the first
+        first_neuron = self.mask.rows.order[self.mask.rows.bounds[:-1].long()]
+        of_units = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None] * self.mask.valid()
+        of_bias = fan_in.float().mean().clamp(min=1).rsqrt()
+        for tensor, bound in ((self.values, self.over_kernels(of_units)), (self.bias, of_bias)):
+            if tensor is not None:
+                uniform = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device) * 2 - 1
+                tensor.copy_(uniform * bound)
+
+    def _take(self, layer: Any, weight: torch.Tensor) -> None:
+        """Takes device, dtype, mode, and those of its ``weight`` that exist here from a dense layer."""
+        self.to(weight.device, weight.dtype).train(layer.training)
+        self.values.data.copy_(self.mask.pack(weight.detach()))
+        self.values.requires_grad_(weight.requires_grad)
+        if self.bias is not None:
+            self.bias.data.copy_(layer.bias.detach())
+            self.bias.requires_grad_(layer.bias.requires_grad)
+
+    def dense_weight(self) -> torch.Tensor:
+        """The weight in dense form, [out, in] or [out, in, kernel rows, kernel columns], zero where nothing exists;
+        differentiable."""
+        values, mask = self.weights()
+        weight = mask.unpack(values)
+        if self.observer is not None and self.training and torch.is_grad_enabled():
+            self.observer.of_dense(weight)
+        return weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """:meth:`dense_weight`, for code that reads the weight of a dense layer: computed at every access, at the
+        cost of a dense copy. Writing to it raises RuntimeError, assigning it AttributeError; ``values`` is trained."""
+        weight = self.dense_weight()
+        if is_traced() or type(weight) is not torch.Tensor:  # traced, or a stand-in
+            return weight
+        return weight.as_subclass(_DerivedWeight)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise AttributeError(f"weight cannot be assigned: that {_NOT_WRITABLE}")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":  # where nn.Module puts an assigned Parameter
+            raise AttributeError(f"weight cannot be assigned: that {_NOT_WRITABLE}")
+        super().register_parameter(name, param)
+
+    def _repr_html_(self) -> str:
+        return self.mask._repr_html_()
+
+
+class G2GLinear(SparseLayer):
     """y = x·Wᵀ + b; of the weight W only the units of ``mask`` exist.
 
     A ``copy.deepcopy`` of a layer is a layer of its own; an average of a network (EMA, SWA) is rewired with it if it is
@@ -89,12 +163,7 @@ class G2GLinear(PackedWeights):
         device = mask.unit_row.device
         super().__init__(mask, nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device)))
         self.backend = backend
-        #: while this is set, it is told of every training step
-        self.observer: StepObserver | None = None
-        self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if check_flag("bias", bias) else None
-        self.reset_parameters(generator)
-        if default_device().type != "cpu":  # where masks are created all the same
-            self.to(default_device())
+        self._make_parameters(bias, generator)
 
     @classmethod
     def from_linear(
@@ -119,12 +188,7 @@ class G2GLinear(PackedWeights):
             raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
         # initial values, which are replaced at once, are drawn without changing the global generator
         layer = cls(mask, bias=linear.bias is not None, backend=backend, generator=torch.Generator())
-        layer.to(weight.device, weight.dtype).train(linear.training)
-        layer.values.data.copy_(layer.mask.pack(weight.detach()))
-        layer.values.requires_grad_(weight.requires_grad)
-        if layer.bias is not None:
-            layer.bias.data.copy_(linear.bias.detach())
-            layer.bias.requires_grad_(linear.bias.requires_grad)
+        layer._take(linear, weight)
         return layer
 
     @classmethod
@@ -205,19 +269,6 @@ class G2GLinear(PackedWeights):
     def out_features(self) -> int:
         return self._own_mask.shape[0]
 
-    @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draws new initial values."""
-        fan_in = self.mask.fan_in()
-        # all neurons of a block row have the same fan-in: read that of the first
-        first_neuron = self.mask.rows.order[self.mask.rows.bounds[:-1].long()]
-        of_units = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None] * self.mask.valid()
-        of_bias = fan_in.float().mean().clamp(min=1).rsqrt()
-        for tensor, bound in ((self.values, of_units), (self.bias, of_bias)):
-            if tensor is not None:
-                uniform = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device) * 2 - 1
-                tensor.copy_(uniform * bound)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
         (values, mask), observer = self.observed_weights()
@@ -231,35 +282,6 @@ class G2GLinear(PackedWeights):
             return (values, mask), None
         values, of_products = self.observer.of_call(values)
         return (values, mask), of_products
-
-    def dense_weight(self) -> torch.Tensor:
-        """The weight in dense form, [out, in], zero where nothing exists; differentiable."""
-        values, mask = self.weights()
-        weight = mask.unpack(values)
-        if self.observer is not None and self.training and torch.is_grad_enabled():
-            self.observer.of_dense(weight)
-        return weight
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """:meth:`dense_weight`, for code that reads the weight of an ``nn.Linear``: computed at every access, at the
-        cost of a dense copy. Writing to it raises RuntimeError, assigning it AttributeError; ``values`` is trained."""
-        weight = self.dense_weight()
-        if is_traced() or type(weight) is not torch.Tensor:  # traced, or a stand-in
-            return weight
-        return weight.as_subclass(_DerivedWeight)
-
-    @weight.setter
-    def weight(self, value: object) -> None:
-        raise AttributeError(f"weight cannot be assigned: that {_NOT_WRITABLE}")
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight":  # where nn.Module puts an assigned Parameter
-            raise AttributeError(f"weight cannot be assigned: that {_NOT_WRITABLE}")
-        super().register_parameter(name, param)
-
-    def _repr_html_(self) -> str:
-        return self.mask._repr_html_()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

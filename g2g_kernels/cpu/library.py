@@ -48,6 +48,8 @@ BATCH_COST = 1.0
 SUBSET_COST = 1.0
 #: input gradients where the layer below needs them (``by_need``)
 NEEDED_COST = 1.0
+#: convolutions by events (``relative_cost`` in ``csrc/convolution.h``)
+CONVOLUTION_COST = 1.0
 #: weights in lists (``g2g_kernels.cpu.plans.in_lists``)
 LIST_COST = 1.0
 #: neurons in lists that are visited where something arrives, and not all in each step (``csrc/list_network.h``);
@@ -136,7 +138,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_spikes_copy": (None, [c_void_p, c_int64, c_void_p, c_void_p]),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
-    for kernel in ("stack", "graph", "linear", "list_loop", "list_network", "neurons"):
+    for kernel in ("stack", "graph", "linear", "convolution", "list_loop", "list_network", "neurons"):
         signatures[f"g2g_{kernel}"] = (c_int64, [c_void_p, c_int32, c_void_p])
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)

@@ -81,6 +81,9 @@ int64_t size(const Graph& g) { return 4 * size(g.stack) / std::max(1, g.block_co
 int64_t size(const Linear& a) {
     return a.rows * (a.lists ? int64_t{a.lists->owners} + a.lists->others : a.plan->rows.size + a.plan->cols.size);
 }
+int64_t size(const Convolution& a) {
+    return a.images * (int64_t{a.channels} * a.height * a.width + int64_t{a.out_channels} * a.out_height * a.out_width);
+}
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
 int64_t size(const ListNetwork& a) {
     int64_t neurons = 0;
@@ -260,6 +263,9 @@ G2G_EXPORT void g2g_spikes_copy(const Spikes* spikes, int64_t number, int32_t* c
 G2G_EXPORT int64_t g2g_stack(Stack* a, int32_t pass, void* scratch) { return call(kernels().stack[pass], a, scratch); }
 G2G_EXPORT int64_t g2g_graph(Graph* a, int32_t pass, void* scratch) { return call(kernels().graph[pass], a, scratch); }
 G2G_EXPORT int64_t g2g_linear(Linear* a, int32_t pass, void* scratch) { return call(kernels().linear[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_convolution(Convolution* a, int32_t pass, void* scratch) {
+    return call(kernels().convolution[pass], a, scratch);
+}
 G2G_EXPORT int64_t g2g_list_loop(ListLoop* a, int32_t pass, void* scratch) { return call(kernels().list_loop[pass], a, scratch); }
 G2G_EXPORT int64_t g2g_list_network(ListNetwork* a, int32_t, void* scratch) {
     return call(kernels().list_network[a->doubles != 0], a, scratch);

@@ -61,6 +61,7 @@ struct Kernels {
     void (*stack[2])(Stack&, Arena&);
     void (*graph[2])(Graph&, Arena&);
     void (*linear[2])(Linear&, Arena&);
+    void (*convolution[2])(Convolution&, Arena&);
     void (*list_loop[2])(ListLoop&, Arena&);
     void (*neurons[2])(NeuronLoop&, Arena&);
     void (*list_network[2])(ListNetwork&, Arena&);  // forward, of floats and of doubles

@@ -15,6 +15,7 @@ const Kernels kernels = {};
 
 #else
 
+#include "convolution.h"
 #include "graph.h"
 #include "layout.h"
 #include "linear.h"
@@ -39,7 +40,8 @@ namespace g2g::G2G_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     G2G_TEXT(G2G_ISA), kBf16, kOptions, {stack_forward, stack_backward}, {graph_forward, graph_backward},
-    {linear_forward, linear_backward}, {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward},
+    {linear_forward, linear_backward}, {convolution_forward, convolution_backward},
+    {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward},
     {list_network, G2G_JOINED(G2G_ISA, _doubles)::list_network_of_doubles}, unpack,
 };
 

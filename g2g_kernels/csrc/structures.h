@@ -136,6 +136,20 @@ struct Linear {
     float event_limit;      // of a plan
 };
 
+// A convolution of images, zeros around them.
+struct Convolution {
+    const float *x, *weight, *bias, *grad_y;  // weight [out][in of a group][kernel rows][kernel columns]
+    float *y, *grad_x, *grad_weight;  // out
+    int64_t images;
+    int32_t channels, out_channels, groups, threads;
+    int32_t height, width, out_height, out_width, kernel_rows, kernel_columns;
+    int32_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+    int32_t x_last, y_last;   // x and grad_x, or y and grad_y, have the channels last
+    float event_cost;         // relative to what the kernels assume
+    int32_t y_by_events, grad_x_by_events, grad_weight_by_events;  // in: wanted; out: computed, as events are few enough
+    int32_t sample;           // only find out, by a few numbers, which of these will be
+};
+
 // Neurons that are joined to one another by weights in lists, which carry the spikes of each step into the next.
 struct ListLoop {
     Neurons neurons;

@@ -1,5 +1,6 @@
 """Dense weights to packed units and back, with derivatives; no other module knows how both lie in memory. A unit's tile
-is the rectangle of places (:class:`Side`) of one range of rows and one of columns."""
+is the rectangle of places (:class:`Side`) of one range of rows and one of columns. A weight may be a kernel: both forms
+then have its dimensions, [kernel rows, kernel columns], last."""
 
 from typing import NamedTuple
 
@@ -31,12 +32,13 @@ def tiles(weight: torch.Tensor, units: Units) -> torch.Tensor:
     """A dense matrix cut into tiles [grid rows, grid columns, unit rows, unit columns], zero in the padding."""
     rows, cols = units.rows, units.cols
     weight = _gathered(_gathered(weight, 0, rows.neuron_at), 1, cols.neuron_at)
-    return weight.reshape(rows.num_units, rows.width, cols.num_units, cols.width).permute(0, 2, 1, 3)
+    weight = weight.reshape(rows.num_units, rows.width, cols.num_units, cols.width, *weight.shape[2:])
+    return weight.transpose(1, 2)
 
 
 def packed(weight: torch.Tensor, units: Units) -> torch.Tensor:
     """The tiles of a dense matrix that exist: [num_units, unit rows, unit columns]."""
-    grid = tiles(weight, units).reshape(-1, units.rows.width, units.cols.width)
+    grid = tiles(weight, units).reshape(-1, units.rows.width, units.cols.width, *weight.shape[2:])
     return grid.index_select(0, flat_unit(units))
 
 
@@ -49,14 +51,14 @@ def unpacked(values: torch.Tensor, units: Units) -> torch.Tensor:
 
 def no_tiles(values: torch.Tensor, units: Units) -> torch.Tensor:
     """Zeros for the tiles of the whole grid: [grid rows · grid columns, unit rows, unit columns]."""
-    return values.new_zeros(units.rows.num_units * units.cols.num_units, units.rows.width, units.cols.width)
+    return values.new_zeros(units.rows.num_units * units.cols.num_units, *values.shape[1:])
 
 
 def assembled(grid: torch.Tensor, units: Units) -> torch.Tensor:
     """The dense matrix of the tiles of the whole grid, in the form of :func:`no_tiles`."""
     rows, cols = units.rows, units.cols
-    weight = grid.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
-    weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width)
+    weight = grid.unflatten(0, (rows.num_units, cols.num_units)).transpose(1, 2)
+    weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width, *grid.shape[3:])
     return _gathered(_gathered(weight, 0, rows.place_of, rows.holes), 1, cols.place_of, cols.holes)
 
 
@@ -65,8 +67,7 @@ def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_t
     if index is None:
         return matrix
     if past_the_end:
-        zeros = matrix.new_zeros(1, matrix.shape[1]) if dim == 0 else matrix.new_zeros(matrix.shape[0], 1)
-        matrix = torch.cat([matrix, zeros], dim)
+        matrix = torch.cat([matrix, torch.zeros_like(matrix.narrow(dim, 0, 1))], dim)
     return matrix.index_select(dim, index)
 
 

@@ -1,5 +1,6 @@
 """The units of a sparse weight matrix: their coordinates, both indices of them, and their weights, packed or dense."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -154,19 +155,21 @@ class UnitGrid(Indices):
         return per_row[self.rows.unit_of]
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable."""
-        if tuple(weight.shape) != self.shape:
+        """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable. Both may
+        have more dimensions, those of a kernel."""
+        if tuple(weight.shape[:2]) != self.shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, this mask describes {self.shape}")
         return packing.pack(weight, self._units())
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """The dense [out, in] weight of packed ``values``, zero where there is no unit; differentiable."""
-        self.check_values(values)
+        """The dense [out, in] weight of packed ``values``, zero where there is no unit; differentiable. Both may have
+        more dimensions, those of a kernel."""
+        self.check_values(values, values.shape[3:])
         return packing.unpack(values, self._units())
 
-    def check_values(self, values: torch.Tensor) -> None:
-        """Raises ValueError unless ``values`` has this mask's packed shape."""
-        packed = (self.num_units, *self.unit_shape)
+    def check_values(self, values: torch.Tensor, kernel: Sequence[int] = ()) -> None:
+        """Raises ValueError unless ``values`` has this mask's packed shape, followed by that of a ``kernel``."""
+        packed = (self.num_units, *self.unit_shape, *kernel)
         if values.shape != packed:
             raise ValueError(f"values have shape {tuple(values.shape)}, this mask's packed weights {packed}")
 

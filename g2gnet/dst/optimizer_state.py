@@ -147,10 +147,10 @@ def _refuse_states_of_other_weights(optimizer: torch.optim.Optimizer, args: Any,
     """Raises ValueError if an optimizer has states of another number of units than its weights. A fused optimizer would
     write past the end of the smaller tensor."""
     for weights in (weights for group in optimizer.param_groups for weights in group["params"]):
-        if weights.dim() == 3 and weights.requires_grad:  # packed weights are [num_units, unit_rows, unit_cols]
+        if weights.dim() in (3, 5) and weights.requires_grad:  # packed weights, those of kernels have five dimensions
             for name, state in optimizer.state.get(weights, {}).items():
-                known = isinstance(state, torch.Tensor) and state.dim() >= 3 and (name in ZERO or name in OPTION)
-                if known and state.shape[-3:] != weights.shape:
+                known = isinstance(state, torch.Tensor) and (name in ZERO or name in OPTION)
+                if known and state.dim() >= weights.dim() and state.shape[-weights.dim() :] != weights.shape:
                     raise ValueError(
                         f"{type(optimizer).__name__} has {name} of shape {list(state.shape)} for weights of shape "
                         f"{list(weights.shape)}; load both from one state_dict, or make a new optimizer"

@@ -13,7 +13,7 @@ from g2g_kernels.mask.sampling import LARGEST_GRID, distinct
 from g2g_kernels.numbers import INT32, INT64, share_of
 from g2gnet.dst.optimizer_state import OptimizerState
 from g2gnet.dst.rules import sizes_of
-from g2gnet.layers import G2GLinear
+from g2gnet.layers import SparseLayer
 
 #: with more scores than MANY, those that are clearly too low are dropped before the rest is sorted. Every STRIDE-th
 #: score, a prime number that meets all rows and columns, shows where that is.
@@ -110,7 +110,7 @@ def units_within(budget: float, strongest: torch.Tensor, best: torch.Tensor, fra
 
 
 def replace_units(
-    layer: G2GLinear, plan: Replacement, apply: torch.Tensor, state: OptimizerState
+    layer: SparseLayer, plan: Replacement, apply: torch.Tensor, state: OptimizerState
 ) -> Callable[[], None]:
     """Carries out a plan in a layer and the optimizer ``state`` of its weights: units that grow take the slots of the
     strongest pruned ones, and the other slots are removed. Nothing changes if ``apply``, a bool scalar, is false; the

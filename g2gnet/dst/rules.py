@@ -1,16 +1,17 @@
 """The rules of dynamic sparse training: scores, one per unit, by which units are pruned and grown. To add a rule, add
 it to :data:`PRUNE_RULES` or :data:`GROW_RULES`: flags, checks, recording and messages follow."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from g2g_kernels import BlockMask, g2g_linear
 from g2g_kernels.mask.sides import UnitAxis
 from g2gnet.base.distributed import ALONE, World
-from g2gnet.layers import G2GLinear
+from g2gnet.layers import SparseLayer
 
 #: the kinds of evidence that a rule may need from the step before an update
 ACTIVITY, GRADIENT = "activity", "gradient"
@@ -33,7 +34,7 @@ class Evidence(NamedTuple):
         gradient: the root mean square of ∂L/∂W over each unit, [number], if a rule needs it.
     """
 
-    layer: G2GLinear
+    layer: SparseLayer
     number: int
     correlation: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
@@ -57,8 +58,8 @@ class Rule(NamedTuple):
 
 def _weight(seen: Evidence) -> torch.Tensor:
     size, mask = seen.layer.values.abs(), seen.layer.mask
-    size = torch.where(mask.valid(), size, 0) if mask.has_padding else size  # padding holds no weights
-    return size.sum((1, 2)) / mask.unit_sizes
+    size = torch.where(seen.layer.valid(), size, 0) if mask.has_padding else size  # padding holds no weights
+    return size.sum(tuple(range(1, size.dim()))) / (mask.unit_sizes * seen.layer.weights_of_place)
 
 
 def _chance(seen: Evidence) -> torch.Tensor:
@@ -152,6 +153,19 @@ def _padded(samples: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
     if axis.ragged:
         samples = torch.cat([samples, samples.new_zeros(len(samples), 1)], 1)
     return samples.index_select(1, axis.neuron_at)
+
+
+def kernel_gradient(
+    pairs: Sequence[Pair], layer: SparseLayer, world: World = ALONE, units: torch.Tensor | None = None
+) -> torch.Tensor:
+    """:func:`unit_gradient` of a layer. Where its weights are kernels, the gradients of the ``pairs`` have the
+    dimensions of a kernel last, and the mean is over kernels, too."""
+    kernel = layer.values.shape[3:]
+    if not kernel:
+        return unit_gradient(pairs, layer.mask, world, units)
+    places: Any = itertools.product(*map(range, kernel))
+    at_place = ([(x, g[(..., *place)]) for x, g in pairs] for place in places)
+    return torch.stack([unit_gradient(each, layer.mask, world, units).square() for each in at_place]).mean(0).sqrt()
 
 
 def unit_gradient(

@@ -18,13 +18,13 @@ from g2g_kernels.numbers import COUNT, PROBABILITY, Number, share_of
 from g2gnet.base.distributed import World
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
-from g2gnet.dst.gradual_pruning import least_density, mean_density, possible_weights, weights_after
+from g2gnet.dst.gradual_pruning import least_density, mean_density, possible_weights, unit_sizes, weights_after
 from g2gnet.dst.lamp import layer_budgets
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
 from g2gnet.dst.replacement import Scores, draw_candidates, plan_of_equal_number, plan_within, replace_units
 from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.dst.step_evidence import StepEvidence
-from g2gnet.layers import G2GLinear
+from g2gnet.layers import SparseLayer
 from g2gnet.spiking_network import SpikingNetwork
 from g2gnet.weights.tied_averages import rewire_averages, tie_wiring
 
@@ -43,7 +43,8 @@ class DSTScheduler:
     model and optimizer.
 
     Args:
-        model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
+        model: all its :class:`G2GLinear` and masked :class:`G2GConv2d` layers are rewired (kernels as a whole), and its
+            activity is recorded if a rule needs it
             (:class:`ActivityRecorder`). Or the layers, from input to output; :meth:`step` then takes their activity.
         optimizer: holds the layers' ``values``. A list of several, if each holds some layers, or one wraps another and
             each has a state.
@@ -100,7 +101,7 @@ class DSTScheduler:
 
     def __init__(
         self,
-        model: nn.Module | Sequence[G2GLinear],
+        model: nn.Module | Sequence[SparseLayer],
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         interval: int = 1000,
         fraction: float = 0.1,
@@ -140,17 +141,20 @@ class DSTScheduler:
             raise ValueError(f"{schedule=}, {stop=} and {final_density=} need total_steps, those of the whole training")
         named = dict(model.named_modules() if isinstance(model, nn.Module) else enumerate(model))
         self._model = model if isinstance(model, nn.Module) else None
-        self.layers = [module for module in named.values() if isinstance(module, G2GLinear)]
+        self.layers = [module for module in named.values() if isinstance(module, SparseLayer)]
         if self._model is None and len(self.layers) < len(named):
-            other = next(each for each in named.values() if not isinstance(each, G2GLinear))
-            raise TypeError(f"{type(other).__name__} is among the layers, which must be G2GLinear; give the model")
+            other = next(each for each in named.values() if not isinstance(each, SparseLayer))
+            raise TypeError(
+                f"{type(other).__name__} is among the layers, which must be G2GLinear, or G2GConv2d with a mask; give "
+                "the model"
+            )
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
         self._averages = list(averages)
         if self._averages and self._model is None:
             raise ValueError("averages= needs the model, not its layers; give it, or call tie_wiring(model, average)")
         if not self.layers:
-            raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
+            raise ValueError("there is no sparse layer to rewire; g2gnet.sparsify(model) creates them")
         self._check_weights()
         if final_density is None and all(layer.mask.is_full for layer in self.layers):
             raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
@@ -167,9 +171,9 @@ class DSTScheduler:
         self._check_enough_is_left()
         self._checked_layers()
         for name, layer in named.items():
-            if isinstance(layer, G2GLinear) and not self._changes(layer):
+            if isinstance(layer, SparseLayer) and not self._changes(layer):
                 why = "all of its units exist, so none can grow" if layer.values.requires_grad else "it is frozen"
-                shape = f"{layer.out_features} × {layer.in_features}"
+                shape = _size(layer)
                 logger.warning("layer %s, %s, is left out of dynamic sparse training: %s", name, shape, why)
         self.steps = self._pruned = self._grown = 0
         #: updates that are not counted there yet: the step, the numbers of its layers, whether the prune and the grow
@@ -191,11 +195,11 @@ class DSTScheduler:
         step = self.steps + 1
         return step % self.interval == 0 and (self._last is None or step <= self._last)
 
-    def _changes(self, layer: G2GLinear) -> bool:
+    def _changes(self, layer: SparseLayer) -> bool:
         """Whether an update prunes or grows units of the layer."""
         return layer.values.requires_grad and (self.final_density is not None or not layer.mask.is_full)
 
-    def _checked_layers(self) -> list[tuple[int, G2GLinear]]:
+    def _checked_layers(self) -> list[tuple[int, SparseLayer]]:
         """The layers that an update changes, with their numbers. Raises ValueError for weights that no optimizer holds,
         or whose states cannot be reset."""
         groups = [group for optimizer in self._state.optimizers for group in optimizer.param_groups]
@@ -204,8 +208,8 @@ class DSTScheduler:
         for number, layer in changing:
             if id(layer.values) not in held:
                 raise ValueError(
-                    f"the optimizer does not hold the weights of layer {number}, {layer.out_features} × "
-                    f"{layer.in_features}; create it after the layers, or add them by optimizer.add_param_group"
+                    f"the optimizer does not hold the weights of layer {number}, {_size(layer)}; create "
+                    "it after the layers, or add them by optimizer.add_param_group"
                 )
             self._state.check(layer.values)
         return changing
@@ -323,7 +327,7 @@ class DSTScheduler:
         """What must be the same in all processes: the wiring, and the parameters of the model, or of the layers."""
         yield from self._wiring()
         for layer in self.layers:
-            yield torch.where(layer.mask.valid(), layer.values.detach(), 0)  # without padding
+            yield torch.where(layer.valid(), layer.values.detach(), 0)  # without padding
         of_layers = {id(layer.values) for layer in self.layers}
         for module in [*self.layers] if self._model is None else [self._model]:
             ignored = getattr(module, "parameters_to_ignore", ())  # by DistributedDataParallel
@@ -337,7 +341,7 @@ class DSTScheduler:
         for number, layer in enumerate(self.layers):
             if not layer.has_plain_values:
                 raise ValueError(
-                    f"the weights of layer {number}, {layer.out_features} × {layer.in_features}, are computed by a "
+                    f"the weights of layer {number}, {_size(layer)}, are computed by a "
                     "parametrization, pruning or a norm; remove that, or give DSTScheduler the other layers"
                 )
             if (first := numbers.setdefault(id(layer.values), number)) != number:
@@ -346,13 +350,13 @@ class DSTScheduler:
                     "once, and use one layer in both places"
                 )
             values, packed = layer.values, (layer.mask.num_units, *layer.mask.unit_shape)
-            if type(values.data) is not torch.Tensor or values.shape != packed:
+            if type(values.data) is not torch.Tensor or values.shape[:3] != packed:
                 raise ValueError(
                     f"the weights of layer {number} are a {type(values.data).__name__} {list(values.shape)}, not a "
                     f"tensor {list(packed)}: they are sharded, as FSDP does; use DistributedDataParallel"
                 )
 
-    def _update(self, layers: list[tuple[int, G2GLinear]], world: World) -> None:
+    def _update(self, layers: list[tuple[int, SparseLayer]], world: World) -> None:
         """Prunes and grows in all layers, or in none if a score is not finite. While the number of units stays, nothing
         waits for the device: a unit that must stay is replaced by itself."""
         if not layers:  # every layer is frozen, or full
@@ -375,9 +379,13 @@ class DSTScheduler:
             for (number, layer), pair, budget in zip(layers, scores, budgets, strict=True):
                 draw = stream(self.seed, "dst", self.steps, number, device=draw_device(pair[0].device))
                 of_layer = layer.mask, Scores(*pair, candidates[number]), fraction, draw
-                plan = plan_of_equal_number(*of_layer) if budget is None else plan_within(budget + spare, *of_layer)
+                if budget is None:
+                    plan = plan_of_equal_number(*of_layer)
+                else:
+                    plan = plan_within((budget + spare) / layer.weights_of_place, *of_layer)
                 undo.callback(replace_units(layer, plan, apply, self._state))
-                pruned, grown, spare = pruned + len(plan.pruned), grown + len(plan.grown), plan.spare
+                pruned, grown = pruned + len(plan.pruned), grown + len(plan.grown)
+                spare = plan.spare * layer.weights_of_place
             undo.pop_all()
         for _, layer in layers:
             layer.ties.end("it was rewired by itself")
@@ -391,11 +399,11 @@ class DSTScheduler:
                 "averages=[average]) or call g2gnet.tie_wiring(network, average), else g2gnet.untie_wiring(copy)"
             )
 
-    def _budgets(self, layers: list[G2GLinear], final_density: float) -> list[float]:
+    def _budgets(self, layers: list[SparseLayer], final_density: float) -> list[float]:
         """The weights that each layer may keep; waits for the device."""
         assert self._last is not None
-        sizes = [layer.mask.unit_sizes for layer in layers]
-        frozen = sum(layer.mask.num_weights for layer in self.layers if layer not in layers)
+        sizes = [unit_sizes(layer) for layer in layers]
+        frozen = sum(int(unit_sizes(layer).sum()) for layer in self.layers if layer not in layers)
         final = final_density * possible_weights(self.layers) - frozen
         magnitudes = [PRUNE_RULES["set"].score(Evidence(layer, layer.mask.num_units)) for layer in layers]
         now = sum(int(of_layer.sum()) for of_layer in sizes)
@@ -415,6 +423,11 @@ class DSTScheduler:
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         twin._evidence.run_compiled()  # a copy that is never used must not keep compiled code from running
         return twin
+
+
+def _size(layer: SparseLayer) -> str:
+    """The numbers of outputs and inputs in a message."""
+    return " × ".join(map(str, layer.mask.shape))
 
 
 def _is_finite(scores: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from g2gnet.base.distributed import World
 from g2gnet.dst import rules
 from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
 from g2gnet.dst.unit_gradients import UnitGradients
-from g2gnet.layers import G2GLinear
+from g2gnet.layers import G2GLinear, SparseLayer
 from g2gnet.spiking_network import SpikeTrain, SpikingNetwork
 
 #: what to do without spikes
@@ -32,7 +32,7 @@ class StepEvidence:
     def __init__(
         self,
         model: nn.Module | None,
-        layers: Sequence[G2GLinear],
+        layers: Sequence[SparseLayer],
         network: SpikingNetwork | None,
         prune: Rule,
         grow: Rule | None,
@@ -42,6 +42,9 @@ class StepEvidence:
         self._prunes_by_evidence = prune.needs is not None
         self._rules = f"prune={prune.name!r} with grow={grow.name if grow else 'random'!r}"
         self._model = model if ACTIVITY in self.needs else None
+        for number, layer in enumerate(layers) if ACTIVITY in self.needs else ():
+            if not isinstance(layer, G2GLinear):
+                raise ValueError(f"a correlation is of neurons, and layer {number} joins channels; {_OTHERS}")
         for module in () if self._model is None else self._model.modules():
             if isinstance(module, SpikingNetwork) and module.readout != "counts":
                 raise ValueError(f"a correlation needs output spikes; readout={module.readout!r} has none; {_OTHERS}")
@@ -49,16 +52,16 @@ class StepEvidence:
             check_compiled(model, " and ".join(sorted(self.needs)))
         self._activity: ActivityRecorder | None = None  # while it records
         self._recordings: list[Recording] | None = None
-        self._gradients: dict[G2GLinear, UnitGradients] = {}
+        self._gradients: dict[SparseLayer, UnitGradients] = {}
         self._overtaken = False  # another scheduler records the gradient of the same layers now
         self._uncompiled: Uncompiled | None = None
 
-    def start(self, layers: Sequence[G2GLinear]) -> None:
+    def start(self, layers: Sequence[SparseLayer]) -> None:
         """Starts recording; ``layers`` are those whose gradient may be needed."""
         if self._model is not None or GRADIENT in self.needs:
             self._uncompiled = Uncompiled()
         if self._model is not None:
-            self._activity = ActivityRecorder(self._model, self._layers)
+            self._activity = ActivityRecorder(self._model, cast("Sequence[G2GLinear]", self._layers))
             self._activity.start()
         if GRADIENT in self.needs:
             for layer in layers:
@@ -114,7 +117,7 @@ class StepEvidence:
                 received[layer].append((pre, post))  # several if several projections share a connection
             self._recordings = [received[layer] for layer in self._layers]
             return
-        mine, theirs = [layer.out_features for layer in self._layers], [len(rates) for rates in activity.rates]
+        mine, theirs = [layer.mask.shape[0] for layer in self._layers], [len(rates) for rates in activity.rates]
         if mine != theirs[: len(mine)]:
             raise ValueError(
                 f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it the "
@@ -124,7 +127,7 @@ class StepEvidence:
         self._recordings = [[(pres[number], pres[number + 1])] for number in range(len(mine))]
 
     def of_units(
-        self, layers: Sequence[tuple[int, G2GLinear]], world: World, candidates: Mapping[int, torch.Tensor | None]
+        self, layers: Sequence[tuple[int, SparseLayer]], world: World, candidates: Mapping[int, torch.Tensor | None]
     ) -> Iterator[tuple[Evidence, Evidence]]:
         """The evidence of each layer's slots, and of its units that may grow: the ``candidates`` by the layer's number,
         int64 counted row by row, or None for the whole grid. Raises RuntimeError if it was not recorded."""
@@ -148,7 +151,7 @@ class StepEvidence:
                 gradients = self._gradients.get(layer)
                 if gradients is None or not (pairs_seen := gradients.seen()):
                     raise RuntimeError(self._nothing_seen("gradient", number))
-                scores["gradient"] = rules.unit_gradient(pairs_seen, mask, world, units)
+                scores["gradient"] = rules.kernel_gradient(pairs_seen, layer, world, units)
                 gradients.close()
             of_slots, of_growing = ({name: score[part] for name, score in scores.items()} for part in parts)
             may_grow = math.prod(mask.grid) if drawn is None else len(drawn)

@@ -52,7 +52,7 @@ class UnitGradients:
         return values, call.observe
 
     def of_dense(self, weight: torch.Tensor) -> None:
-        """Counts the gradient of a dense weight [out, in] that was read."""
+        """Counts the gradient of a dense weight [out, in], or of kernels, that was read."""
         if weight.requires_grad:
             weight.register_hook(self._count_dense)
 
@@ -60,7 +60,7 @@ class UnitGradients:
         if _is_batch(gradient):
             self.unseen = _BATCHES
         else:
-            self.pairs.append((torch.eye(gradient.shape[1], device=gradient.device), gradient.detach().T))
+            self.pairs.append((torch.eye(gradient.shape[1], device=gradient.device), gradient.detach().transpose(0, 1)))
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # a copy of the layer takes no part in the step

@@ -34,7 +34,8 @@ logger = logging.getLogger("g2gnet")
 
 
 class PackedWeights(nn.Module):
-    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, both of which the module owns.
+    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, both of which the module owns. Where
+    a weight is a kernel, its dimensions follow: [num_units, unit_rows, unit_cols, kernel rows, kernel columns].
 
     Attributes:
         bits: of the weights that it computes with, rounded from ``values``; None: these are ``values``. A network sets
@@ -47,7 +48,7 @@ class PackedWeights(nn.Module):
 
     def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
         """Takes a copy of the mask: two layers with one would rewire one another."""
-        super().__init__()
+        nn.Module.__init__(self)
         #: its averages and copies; a copy begins with its own
         self.ties = Ties()
         self._modules["mask"] = copy.deepcopy(mask)  # the class has a property of that name
@@ -81,7 +82,7 @@ class PackedWeights(nn.Module):
 
     def _take_units_of(self, wiring: torch.Tensor) -> None:
         mask, arrived = self._own_mask, _mask_of(wiring, self._own_mask.shape, "mask.wiring was written to, and")
-        if (arrived.num_units, *arrived.unit_shape) != self.values.shape:
+        if (arrived.num_units, *arrived.unit_shape) != self.values.shape[:3]:
             raise ValueError(
                 f"mask.wiring was written to and has {arrived.num_units} units of {arrived.unit_shape}, but values "
                 f"have shape {tuple(self.values.shape)}; load the state of one network, which has both"
@@ -123,7 +124,20 @@ class PackedWeights(nn.Module):
 
     def _without_padding(self) -> torch.Tensor:
         mask = self._own_mask
-        return self.values.masked_fill(~mask.valid(), 0) if mask.has_padding else self.values
+        return self.values.masked_fill(~self.valid(), 0) if mask.has_padding else self.values
+
+    @property
+    def weights_of_place(self) -> int:
+        """How many numbers are at one place of the mask: those of a kernel."""
+        return self.values.shape[3:].numel()
+
+    def over_kernels(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor [units, …] with as many dimensions as ``values``, the others of size 1."""
+        return tensor[(..., *[None] * (self.values.dim() - tensor.dim()))]
+
+    def valid(self) -> torch.Tensor:
+        """:meth:`BlockMask.valid` of ``values``, which broadcasts over kernels."""
+        return self.over_kernels(self.mask.valid())
 
     @property
     def has_plain_values(self) -> bool:
@@ -203,7 +217,7 @@ class PackedWeights(nn.Module):
         # Padding is ignored. It is saved as zeros, so that equal networks give equal files; shards (FSDP) have none.
         plain = self.has_plain_values and type(self.values.data) is torch.Tensor and not self.values.is_inference()
         if plain and self.mask.has_padding:
-            self.values.data.masked_fill_(~self.mask.valid(), 0)
+            self.values.data.masked_fill_(~self.valid(), 0)
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(
@@ -295,7 +309,7 @@ def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -
             "load the state before that is registered"
         )
     check_tensor(f"{prefix}values", values)
-    packed = (mask.num_units, *mask.unit_shape)
+    packed = (mask.num_units, *mask.unit_shape, *layer.values.shape[3:])
     if tuple(values.shape) != packed:
         raise ValueError(f"size mismatch for {prefix}values: {tuple(values.shape)}, but its mask has units {packed}")
     return mask

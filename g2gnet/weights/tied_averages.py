@@ -104,7 +104,7 @@ def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
         place = torch.searchsorted(before, now).clamp(max=len(before) - 1)
         had = (before[place] == now) & _same_places(mine, theirs)
         slots = torch.where(had, mine.row_slot.long()[place], slots)
-    new = (slots < 0)[:, None, None]
+    new = target.over_kernels(slots < 0)
     values = torch.where(new, source.values.to(target.values), target.values[slots])
     gradient = target.values.grad
     gradient = None if gradient is None else torch.where(new, 0, gradient[slots])

@@ -106,10 +106,10 @@ def tied(model):
         ({"pattern": "ring"}, "pattern='ring' is unknown; choose one of index, random, mixer"),
         ({"p_inter": 2}, "p_inter=2 must be a number from 0 to 1"),
         ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
-        ({"skip": ["head"]}, "skip names head; the linear layers are 0, 2.0, 3"),
-        ({"skip": ["0", "2.0", "3"]}, "model has no nn.Linear to replace"),
+        ({"skip": ["head"]}, "skip names head; the layers are 0, 2.0, 3"),
+        ({"skip": ["0", "2.0", "3"]}, "model has no nn.Linear or nn.Conv2d to replace"),
         ({"skip": ["2.0", "3"], "prepare": tied},
-         r"no nn.Linear to replace; these stay dense: 0 \(shares weights with decoder\); decoder"),
+         r"no nn.Linear or nn.Conv2d to replace; these stay dense: 0 \(shares weights with decoder\); decoder"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_made_sparse_is_named_and_the_model_stays(options, message):
@@ -132,7 +132,7 @@ LEFT_ALONE = {
     "normalised": (lambda model: nn.utils.parametrizations.weight_norm(model[0]), "0 (parametrized, as by weight_nor"),
     "spectral": (lambda model: nn.utils.spectral_norm(model[0]), "0 (with weight_orig, weight_u, weight_v of its own"),
     "pruned": (lambda model: prune.l1_unstructured(model[0], "weight", 0.5),
-               "0 (with weight_orig, weight_mask of its own; G2GLinear.from_linear keeps a pruned mask)"),
+               "0 (with weight_orig, weight_mask of its own; from_linear and from_conv2d keep a pruned mask)"),
     "hooked": (lambda model: model[0].weight.register_hook(torch.neg), "0 (with hooks on its weights)"),
     "saved otherwise": (lambda model: model[0].register_state_dict_pre_hook(print), "0 (with hooks; register"),
     "hooked calls": (lambda model: model[0].register_forward_hook(lambda *_: None), "0 (with hooks; register them aft"),

@@ -514,11 +514,11 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
         ({"schedule": "cosine"}, "schedule='cosine', stop=1.0 and final_density=None need total_steps"),
         ({"final_density": 0.1}, "schedule='constant', stop=1.0 and final_density=0.1 need total_steps"),
         ({"stop": 0.5, "total_steps": 1999}, "interval=1000 leaves no update in the first 0.5 of 1999 steps"),
-        ({"model": torch.nn.Linear(3, 4)}, r"no G2GLinear layer to rewire; g2gnet.sparsify\(model\) creates them"),
+        ({"model": torch.nn.Linear(3, 4)}, r"no sparse layer to rewire; g2gnet.sparsify\(model\) creates them"),
         ({"model": G2GNet(30, 40, 10, "dense")}, "none can grow"),
         ({"model": G2GNet(30, 40, 10)}, "optimizer does not hold the weights of layer 0, 40 × 30"),
         ({"model": 2 * [G2GLinear(FULL)]}, "0 and 1 have the same weights"),
-        ({"model": [torch.nn.Linear(3, 4)]}, "Linear is among the layers, which must be G2GLinear; give the model"),
+        ({"model": [torch.nn.Linear(3, 4)]}, "Linear is among the layers, which must be G2GLinear, or G2GConv2d with"),
     ],
 )
 def test_options_out_of_range_are_named(options, message):

@@ -66,7 +66,7 @@ WRITES = {
 @torch.no_grad()
 def test_writing_to_the_weight_is_refused_with_the_remedy(name):
     sparse, before = layer(), layer().state_dict()
-    with pytest.raises((AttributeError, RuntimeError), match=r"of a G2GLinear is computed from its packed values.*"):
+    with pytest.raises((AttributeError, RuntimeError), match=r"of a sparse layer is computed from its packed values.*"):
         WRITES[name](sparse)
     torch.testing.assert_close(sparse.state_dict(), before, rtol=0, atol=0)
     # what it advises

@@ -1,0 +1,170 @@
+"""``g2g_conv2d`` on the compiled CPU kernels: operators ``g2g::conv2d_forward`` (with its autograd formula) and
+``g2g::conv2d_backward``.
+
+Each product is computed by events where its input is sparse enough for that to be faster: the output and the gradient
+of the weight by those of x, the gradient of x by those of ∂y. The kernels decide, by the numbers of the call, and
+PyTorch's own convolution (oneDNN) computes the others.
+"""
+
+from ctypes import Structure
+from typing import Any
+
+import torch
+
+from g2g_kernels.cpu import library as cpu_library
+from g2g_kernels.cpu.interface import structures
+from g2g_kernels.cpu.library import library, pointer, run, too_large
+from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.flops import count_flops
+from g2g_kernels.ops.g2g_conv2d.call import ConvolutionCall, flops, images, laid, output_shape, output_size, plain
+from g2g_kernels.ops.g2g_conv2d.reference import Pair
+from g2g_kernels.ops.record import Backward, Differentiable, Output
+
+#: places of a row of a group are numbered in 16 bits; frames around an image grow with the reach of its kernel; and the
+#: rows of a kernel that ``kMostTaps`` in ``csrc/convolution.h`` allows
+MOST_PLACES, MOST_REACH, MOST_ROWS = 1 << 16, 1 << 12, 64
+
+
+def refuses(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    for tensor in (x, weight, bias):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"needs tensors on the CPU, not on {tensor.device}"
+        if tensor.dtype != torch.float32 and not (tensor is x and x.dtype == torch.uint8):
+            return f"needs float32 tensors, not {tensor.dtype}"
+    if torch.is_autocast_enabled("cpu"):
+        return "computes in float32, not under autocast"
+    if x.numel() == 0 or weight.numel() == 0:
+        return "needs an input and a weight that are not empty"
+    kernel = weight.shape[2:]
+    rows, columns = output_size(x.shape[2:], kernel, stride, padding, dilation)
+    of_group = x.shape[1] // groups, weight.shape[0] // groups
+    if max(x.shape[3] * of_group[0], columns * of_group[1]) > MOST_PLACES:
+        return f"serves rows of at most {MOST_PLACES} numbers, columns times channels of a group"
+    if kernel[0] > MOST_ROWS:
+        return f"serves kernels of at most {MOST_ROWS} rows"
+    if max((size - 1) * apart for size, apart in zip(kernel, dilation, strict=True)) > MOST_REACH:
+        return f"serves kernels that reach at most {MOST_REACH} places"
+    return too_large(rows=max(rows, *x.shape[2:]), padding=max(padding), stride=max(stride))
+
+
+def g2g_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> torch.Tensor:
+    last = any([_is_last(tensor) for tensor in (x, weight)])
+    bias = None if bias is None else bias.contiguous()
+    call = ConvolutionCall(x.to(torch.float32), weight.contiguous(), bias, stride, padding, dilation, groups, last)
+    return images(call, FORWARD(call._replace(x=laid(call, call.x))))
+
+
+def _is_last(tensor: torch.Tensor) -> bool:
+    """Whether the channels are last in memory, of a tensor that could have them first."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+def _arguments(call: ConvolutionCall) -> Structure:
+    x, weight, bias, stride, padding, dilation, groups, last = call
+    batch, channels, height, width = images(call, x).shape
+    _, out_channels, out_height, out_width = _first(call, output_shape(call))
+    return structures.Convolution(
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=pointer(bias),
+        images=batch,
+        channels=channels,
+        out_channels=out_channels,
+        groups=groups,
+        threads=torch.get_num_threads(),
+        height=height,
+        width=width,
+        out_height=out_height,
+        out_width=out_width,
+        kernel_rows=weight.shape[2],
+        kernel_columns=weight.shape[3],
+        stride_y=stride[0],
+        stride_x=stride[1],
+        padding_y=padding[0],
+        padding_x=padding[1],
+        dilation_y=dilation[0],
+        dilation_x=dilation[1],
+        x_last=last,
+        y_last=last,
+        event_cost=cpu_library.CONVOLUTION_COST,
+    )
+
+
+def _first(call: ConvolutionCall, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape with the channels first."""
+    return (shape[0], shape[3], *shape[1:3]) if call.last else shape
+
+
+#: what the kernels compute
+RESULTS = ("y", "grad_x", "grad_weight")
+
+
+def _by_events(arguments: Structure, shapes: dict[str, tuple[int, ...]], backward: bool) -> dict[str, torch.Tensor]:
+    """Those of the results of these shapes that are computed by events. A sample says first which will be: memory that
+    is not used in the end costs as much as a small convolution."""
+    made: dict[str, torch.Tensor] = {}
+    for sample in (True, False):
+        for name in RESULTS:
+            setattr(arguments, f"{name}_by_events", name in shapes)
+            if name in shapes and not sample:
+                made[name] = workspace.empty(shapes[name])
+                setattr(arguments, name, made[name].data_ptr())
+        arguments.sample = sample
+        if shapes:
+            run(library().g2g_convolution, arguments, backward)
+        shapes = {name: shape for name, shape in shapes.items() if getattr(arguments, f"{name}_by_events")}
+    return {name: made[name] for name in shapes}
+
+
+def _forward(call: ConvolutionCall, keep: bool) -> torch.Tensor:
+    made = _by_events(_arguments(call), {"y": output_shape(call)}, backward=False)
+    return made["y"] if made else plain(call)[0]
+
+
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    grad_y: Any
+    call, _, (grad_y,), (want_x, want_weight, *want_bias) = given
+    arguments = _arguments(call)
+    arguments.grad_y = grad_y.data_ptr()
+    wanted = {"grad_x": call.x if want_x else None, "grad_weight": call.weight if want_weight else None}
+    shapes = {name: tuple(like.shape) for name, like in wanted.items() if like is not None}
+    made = _by_events(arguments, shapes, backward=True)
+    left = [name in shapes and name not in made for name in wanted]
+    if any(left):
+        options = [list(each) for each in call[3:6]]
+        operands = images(call, grad_y), images(call, call.x), call.weight
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            *operands, None, *options, False, [0, 0], call.groups, [*left, False]
+        )
+        made |= {"grad_x": laid(call, of_x)} if left[0] else {}
+        made |= {"grad_weight": of_weight.contiguous()} if left[1] else {}
+    bias = grad_y.sum((0, 1, 2) if call.last else (0, 2, 3)) if any(want_bias) else None
+    return given.aligned(call._replace(x=made.get("grad_x"), weight=made.get("grad_weight"), bias=bias))
+
+
+def _shapes(call: ConvolutionCall, keep: bool) -> list[Output]:
+    return [Output(output_shape(call))]
+
+
+FORWARD = Differentiable("conv2d", "Tensor", 1, _forward, _backward, _shapes, plain)
+count_flops(FORWARD, flops)
+count_flops(FORWARD.backward, lambda given: flops(given.call) * sum(given.needed[:2]))

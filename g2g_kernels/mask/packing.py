@@ -33,7 +33,7 @@ def tiles(weight: torch.Tensor, units: Units) -> torch.Tensor:
     rows, cols = units.rows, units.cols
     weight = _gathered(_gathered(weight, 0, rows.neuron_at), 1, cols.neuron_at)
     weight = weight.reshape(rows.num_units, rows.width, cols.num_units, cols.width, *weight.shape[2:])
-    return weight.transpose(1, 2)
+    return weight.permute(0, 2, 1, 3, *range(4, weight.dim()))
 
 
 def packed(weight: torch.Tensor, units: Units) -> torch.Tensor:
@@ -57,7 +57,8 @@ def no_tiles(values: torch.Tensor, units: Units) -> torch.Tensor:
 def assembled(grid: torch.Tensor, units: Units) -> torch.Tensor:
     """The dense matrix of the tiles of the whole grid, in the form of :func:`no_tiles`."""
     rows, cols = units.rows, units.cols
-    weight = grid.unflatten(0, (rows.num_units, cols.num_units)).transpose(1, 2)
+    weight = grid.view(rows.num_units, cols.num_units, *grid.shape[1:])
+    weight = weight.permute(0, 2, 1, 3, *range(4, weight.dim()))
     weight = weight.reshape(rows.num_units * rows.width, cols.num_units * cols.width, *grid.shape[3:])
     return _gathered(_gathered(weight, 0, rows.place_of, rows.holes), 1, cols.place_of, cols.holes)
 
@@ -67,7 +68,9 @@ def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_t
     if index is None:
         return matrix
     if past_the_end:
-        matrix = torch.cat([matrix, torch.zeros_like(matrix.narrow(dim, 0, 1))], dim)
+        shape = list(matrix.shape)
+        shape[dim] = 1
+        matrix = torch.cat([matrix, matrix.new_zeros(shape)], dim)
     return matrix.index_select(dim, index)
 
 

@@ -13,7 +13,7 @@ from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
-from g2g_kernels.ops.neurons.models import RESET, RESETS, NeuronModel, exact_gain
+from g2g_kernels.ops.neurons.models import REFRACTORY, RESET, RESETS, NeuronModel, exact_gain
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import default_device
 
@@ -25,16 +25,21 @@ class SpikingNeurons(nn.Module):
     Args:
         neurons: None for one value of each parameter, [1], shared by the layer; a number N for one per neuron.
         reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
-        dt: the length of a step, in the unit of the time constants.
+        refractory: the refractory period R, one number or [N]: in the unit of ``dt`` where that is given, rounded to
+            whole steps, else in steps. After a spike in t the step t + 1 applies the reset alone, and until step t + R
+            the membrane stays, there is no spike, and what arrives is lost; synaptic currents and adaptation go on
+            without it. R ≤ 1 changes nothing. Kept in steps, as a buffer, where it is not 0 (``CubaLIF``: always).
+        dt: the length of a step, in the unit of the time constants and of ``refractory``.
         parameters: by name, the initial values of the model's parameters (``beta=0.95``; a tensor [N] with N
             ``neurons``), and whether they are learned (``learn_beta=False`` makes it a buffer). In place of a decay a
             time constant above 0, with ``dt``: ``tau`` for ``beta``, ``tau_syn`` for ``syn_decay`` and ``tau_adapt``
             for ``adapt_decay``. The decay is exp(−dt/τ).
 
     Raises:
-        ValueError: for a number that a float32 cannot hold, a tensor of another shape, an α that is not above 0, or an
-            unknown reset or surrogate.
-        TypeError: for an unknown parameter, a time constant without ``dt``, or ``dt`` without one.
+        ValueError: for a number that a float32 cannot hold, a tensor of another shape, an α that is not above 0, an
+            unknown reset or surrogate; for a refractory period below 0 or above 2²⁰ steps, or of no whole number of
+            steps without ``dt``.
+        TypeError: for an unknown parameter, a time constant without ``dt``, or ``dt`` without anything in its unit.
 
     Example:
         >>> from g2gnet import LIF, Synaptic
@@ -43,6 +48,7 @@ class SpikingNeurons(nn.Module):
     """
 
     model: ClassVar[NeuronModel]
+    refractory: torch.Tensor | None
     #: the initial value of each parameter; the model has others only if they follow from these, or are options
     initial: ClassVar[dict[str, float]]
 
@@ -54,6 +60,7 @@ class SpikingNeurons(nn.Module):
         surrogate: str = SURROGATE,
         alpha: float = ALPHA,
         backend: str | None = None,
+        refractory: Any = 0,
         dt: float | None = None,
         **parameters: float | torch.Tensor,
     ) -> None:
@@ -70,8 +77,11 @@ class SpikingNeurons(nn.Module):
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != (size,):
                 wanted = "one number, or give the number of neurons first," if size is None else f"[{size}]"
                 raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted} as LIF({size or 'N'}, …)")
-        if dt is not None and not parameters.keys() & TIME_CONSTANTS:
-            raise TypeError(f"dt={dt!r:.40} is the step of {', '.join(TIME_CONSTANTS)}; give one of these, or no dt")
+        period = _steps(refractory, size, dt)
+        own_period = "refractory" in type(self).model.parameters
+        if dt is not None and not parameters.keys() & TIME_CONSTANTS and not (own_period or period.any()):
+            names = ", ".join([*TIME_CONSTANTS, "refractory"])
+            raise TypeError(f"dt={dt!r:.40} is the step of {names}; give one of these, or no dt")
         for name, decay in TIME_CONSTANTS.items():
             if decay in self.initial and name in parameters:
                 if decay in parameters:
@@ -83,6 +93,8 @@ class SpikingNeurons(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
+        kept = own_period or bool(period.any())
+        self.register_buffer("refractory", period.to(self.threshold) if kept else None)
         if parameters:
             raise TypeError(
                 f"{', '.join(parameters)}: unknown to {self.model.name} neurons, which have {', '.join(self.initial)}"
@@ -95,13 +107,20 @@ class SpikingNeurons(nn.Module):
         return {name: getattr(self, name) for name in type(self).initial}
 
     @property
+    def model_name(self) -> str:
+        """The model that operators run: that of the class, or with a ``refractory`` period the one that has it."""
+        model = type(self).model
+        waits = self.refractory is not None and "refractory" not in model.parameters
+        return f"{REFRACTORY}{model.name}" if waits else model.name
+
+    @property
     def population(self) -> Neurons:
         """These neurons as operators take them."""
-        model = type(self).model
+        kind = self.model_name
         parameters: tuple[torch.Tensor, ...] = ()
-        for name in model.parameters:
+        for name in MODELS[kind].parameters:
             parameters = *parameters, getattr(self, name)
-        return Neurons(model.name, parameters, self.reset, self.surrogate, self.alpha)
+        return Neurons(kind, parameters, self.reset, self.surrogate, self.alpha)
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
         """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""
@@ -247,14 +266,8 @@ class CubaLIF(SpikingNeurons):
 
     Args:
         reset: as for :func:`g2g_kernels.cubalif`.
-        refractory: how long after a spike nothing is received, one number or [N]: in the unit of ``dt`` where that is
-            given, rounded to whole steps, else in steps. Kept as a buffer, in steps.
         reset_current: whether a spike sets the synaptic current to 0, too. A buffer.
-        neurons, dt, options: as for :class:`SpikingNeurons`.
-
-    Raises:
-        ValueError: as :class:`SpikingNeurons`; for a refractory period below 0 or above 2²⁰ steps, or of no whole
-            number of steps without ``dt``.
+        neurons, options: as for :class:`SpikingNeurons`, ``refractory`` and the errors too.
 
     Example:
         >>> neurons = CubaLIF(tau=20.0, tau_syn=5.0, dt=0.1, threshold=7.0, refractory=2.2)  # ms, mV
@@ -269,21 +282,12 @@ class CubaLIF(SpikingNeurons):
     syn_decay: torch.Tensor
     beta: torch.Tensor
     threshold: torch.Tensor
-    refractory: torch.Tensor
     reset_current: torch.Tensor
 
     def __init__(
-        self,
-        neurons: int | None = None,
-        *,
-        reset: str = "zero",
-        refractory: float | torch.Tensor = 0,
-        reset_current: bool = False,
-        dt: float | None = None,
-        **options: Any,
+        self, neurons: int | None = None, *, reset: str = "zero", reset_current: bool = False, **options: Any
     ) -> None:
-        super().__init__(neurons, reset=reset, dt=dt if options.keys() & TIME_CONSTANTS else None, **options)
-        self.register_buffer("refractory", _steps(refractory, neurons, dt).to(self.beta))
+        super().__init__(neurons, reset=reset, **options)
         at_spike = float(check_flag("reset_current", reset_current))
         self.register_buffer("reset_current", torch.full((1,), at_spike))
 

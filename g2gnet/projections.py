@@ -285,8 +285,7 @@ class PopulationGraph(WholeBuffers):
 
     def _models(self) -> dict[str, str | None]:
         """The model of the neurons of each population; None: neurons of other people's."""
-        kinds: dict[str, Any] = {name: getattr(neurons, "model", None) for name, neurons in self.neurons().items()}
-        return {name: getattr(kind, "name", None) for name, kind in kinds.items()}
+        return {name: getattr(neurons, "model_name", None) for name, neurons in self.neurons().items()}
 
     def layers(self) -> Iterator[Pair]:
         """The pairs (connection, neurons), from input to output: of a network that is no chain, each population's first

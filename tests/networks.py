@@ -9,7 +9,7 @@ from helpers import seeded
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, Neurons
-from g2g_kernels.ops.neurons.models import exact_gain
+from g2g_kernels.ops.neurons.models import MODELS, exact_gain
 from g2g_kernels.ops.neurons.step import neurons_step
 from g2gnet import LIF, CubaLIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack, Synaptic
 
@@ -113,10 +113,12 @@ class Reference:
         """The neurons of a population, with these parameters."""
         module = self.net.neurons()[name]
         own = {each: self.tensors[f"{name}.{each}"] for each in module.by_name}
-        if "gain" in type(module).model.parameters:
+        names = MODELS[module.model_name].parameters
+        if "gain" in names:
             own["gain"] = exact_gain(own["syn_decay"], own["beta"])
-        parameters = [own.get(each, getattr(module, each).double()) for each in type(module).model.parameters]
-        return module.population._replace(parameters=tuple(parameters))
+        return module.population._replace(
+            parameters=tuple([own.get(each, getattr(module, each).double()) for each in names])
+        )
 
     @property
     def at_once(self) -> list[str]:

@@ -10,7 +10,7 @@ from helpers import backends_of, device_of, lif_by_autograd, seeded
 from snntorch import surrogate as snn_surrogate
 
 from g2g_kernels import lif
-from g2g_kernels.ops.neurons import RESETS, operator
+from g2g_kernels.ops.neurons import MODELS, RESETS, operator
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton.runtime import interpreted, unavailable
 
@@ -31,7 +31,7 @@ GRADIENTS = ("current.grad", "beta.grad", "threshold.grad")
 
 def served(case: dict[str, Any]) -> bool:
     """Whether a case's backend runs its model."""
-    return case.get("backend") != "triton" or case.get("model") != "cubalif"
+    return case.get("backend") != "triton" or MODELS[case.get("model", "lif")].compared is None
 
 
 def currents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

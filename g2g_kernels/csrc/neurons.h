@@ -8,7 +8,7 @@
 //                    from later steps, and is moved on to the states `before`. Adds to the parameters' gradients and
 //                    returns ∂L/∂I_t. slope(U) is σ'(U − θ): what reaches S_{t−1}, on which a step may depend by more than
 //                    the reset, goes on to U_{t−1}, and negated to θ, times slope(U_{t−1}). Who does not call it pays nothing.
-//   compared         of a model that is reset in the step of its spike (info.at_once): the membrane that a step from these
+//   compared         of a model whose spikes do not follow from its states (info.at_once): the membrane that a step from these
 //                    states compares with θ, −∞ where it is refractory. `through` is then what reaches this membrane.
 //
 // A spike is U_t > θ; it is compared, counted and differentiated outside. Everything works on one vector of lanes and is
@@ -29,6 +29,7 @@ namespace g2g::G2G_ISA {
 //   g_t = through_t + β·g_{t+1};  ∂I_t = g_t;  ∂β += g_t·U_{t−1};  ∂θ −= through_t + R_t·g_t
 //   "zero": 0 in place of g_t where R_t = 1, but for ∂I_t
 struct Lif {
+    static constexpr const char* refractory = "refractory_lif";  // the name of Refractory<Lif>
     static constexpr ModelInfo info = {"lif", 1, 2, {"membrane"}, {"beta", "threshold"}, {true, false}};
 
     template <int R>
@@ -63,6 +64,7 @@ struct Lif {
 //   ∂γ += ∂C_t·C_{t−1};  ∂β += g_t·U_{t−1};  ∂θ −= through_t + R_t·g_t
 //   "zero": 0 in place of g_t where R_t = 1
 struct Synaptic {
+    static constexpr const char* refractory = "refractory_synaptic";  // the name of Refractory<Synaptic>
     static constexpr ModelInfo info = {
         "synaptic", 2, 3, {"synaptic_current", "membrane"}, {"syn_decay", "beta", "threshold"}, {true, true, false}};
 
@@ -104,6 +106,7 @@ struct Synaptic {
 //   ∂ρ += h_t·w_{t−1};  ∂β += g_t·U_{t−1};  ∂a += h_t·U_{t−1};  ∂b += h_t·S_{t−1};  ∂θ −= through_t + e_t + R_t·g_t
 //   "zero": 0 in place of β·g_t + a·h_t, and of U_{t−1}, where R_t = 1
 struct AdLif {
+    static constexpr const char* refractory = "refractory_adlif";  // the name of Refractory<AdLif>
     static constexpr ModelInfo info = {"adlif", 2, 5, {"adaptation", "membrane"}, {"adapt_decay", "beta", "a", "b", "threshold"},
                                        {true, true, false, false, false}};
 
@@ -157,14 +160,14 @@ struct CubaLif {
                                        {true, true, false, false, false, false},
                                        true};
 
-    static G2G_INLINE Vec compared(const Vec (&before)[3], const Vec (&p)[6]) {
+    static G2G_INLINE Vec compared(const Vec (&before)[3], Vec, const Vec (&p)[6]) {
         return before[0] == Vec{} ? p[1] * before[2] + p[2] * before[1] : all(-__builtin_inff());
     }
 
     template <int R>
     static G2G_INLINE void charge(Vec (&state)[3], Vec current, const Vec (&p)[6]) {
         const Vec refractory = p[3], theta = p[5];
-        const IntVec ready = state[0] == Vec{}, fires = compared(state, p) > theta;
+        const IntVec ready = state[0] == Vec{}, fires = compared(state, Vec{}, p) > theta;
         Vec u = ready ? p[1] * state[2] + p[2] * state[1] : state[2];
         Vec g = ready ? p[0] * state[1] : state[1];
         g = (ready & ~fires) ? g + current : g;
@@ -181,7 +184,7 @@ struct CubaLif {
     static G2G_INLINE Vec charge_backward(Vec through, const Slope&, const Vec (&before)[3], const Vec (&p)[6], Vec (&g)[3],
                                           Vec (&grad)[6]) {
         const Vec theta = p[5];
-        const IntVec ready = before[0] == Vec{}, fires = compared(before, p) > theta;
+        const IntVec ready = before[0] == Vec{}, fires = compared(before, Vec{}, p) > theta;
         grad[5] -= through;
         if (R == kSubtract) grad[5] -= fires ? g[2] : Vec{};
         const Vec to_membrane = (R == kZero ? (fires ? Vec{} : g[2]) : g[2]) + through;
@@ -197,11 +200,82 @@ struct CubaLif {
     }
 };
 
+constexpr ModelInfo refractory_info(const char* name, const ModelInfo& of) {
+    ModelInfo info = {name, of.states + 1, of.parameters + 1, {"refractory_steps"}, {}, {}, true};
+    for (int s = 0; s < of.states; ++s) info.state_names[s + 1] = of.state_names[s];
+    for (int k = 0; k < of.parameters - 1; ++k) info.parameter_names[k] = of.parameter_names[k], info.decays[k] = of.decays[k];
+    info.parameter_names[of.parameters - 1] = "refractory";
+    info.parameter_names[of.parameters] = of.parameter_names[of.parameters - 1];
+    return info;
+}
+
+// A model M that resets a step after its spike, with a refractory period R. The step after a spike, and those before which f is 2
+// or more, are refractory, if R is: the membrane is reset, then held, and the other states go on with I = 0. f is R − 1 after the
+// first of these steps and 1 after the last: then S_{t−1} is 0, whatever U_{t−1}, so that M sees θ = ∞ and no slope.
+template <class M>
+struct Refractory {
+    static constexpr int S = M::info.states + 1, P = M::info.parameters + 1;
+    static constexpr ModelInfo info = refractory_info(M::refractory, M::info);
+
+    struct Before {
+        Vec state[S - 1], p[P - 1], left;  // of M; f after this step
+        IntVec knows, fired, waits;        // S_{t−1} follows from the membrane; it is 1; this step is refractory
+        G2G_INLINE Before(const Vec (&before)[S], const Vec (&given)[P]) {
+            for (int s = 1; s < S; ++s) state[s - 1] = before[s];
+            for (int k = 0; k < P - 2; ++k) p[k] = given[k];
+            const Vec f = before[0], period = given[P - 2], one = all(1.0f);
+            knows = f == Vec{};
+            p[P - 2] = knows ? given[P - 1] : all(__builtin_inff());
+            fired = before[S - 1] > p[P - 2];
+            const IntVec begins = fired & (period > one);
+            waits = begins | (f > one);
+            left = begins ? period - one : (f > one ? f - one : Vec{});
+        }
+    };
+
+    static G2G_INLINE Vec compared(const Vec (&before)[S], Vec after, const Vec (&p)[P]) {
+        return Before(before, p).waits ? all(-__builtin_inff()) : after;
+    }
+
+    template <int R>
+    static G2G_INLINE void charge(Vec (&state)[S], Vec current, const Vec (&p)[P]) {
+        Before b(state, p);
+        Vec held = state[S - 1];
+        if (R == kSubtract) held = b.fired ? held - p[P - 1] : held;
+        if (R == kZero) held = b.fired ? Vec{} : held;
+        M::template charge<R>(b.state, b.waits ? Vec{} : current, b.p);
+        state[0] = b.left;
+        for (int s = 1; s < S; ++s) state[s] = b.state[s - 1];
+        state[S - 1] = b.waits ? held : state[S - 1];
+    }
+
+    template <int R, class Slope>
+    static G2G_INLINE Vec charge_backward(Vec through, const Slope& slope, const Vec (&before)[S], const Vec (&p)[P],
+                                          Vec (&g)[S], Vec (&grad)[P]) {
+        const Before b(before, p);
+        Vec inner[S - 1], sums[P - 1];
+        for (int s = 1; s < S; ++s) inner[s - 1] = g[s];
+        for (int k = 0; k < P - 2; ++k) sums[k] = grad[k];
+        sums[P - 2] = grad[P - 1];
+        const Vec held = b.waits ? g[S - 1] : Vec{};
+        inner[S - 2] = b.waits ? Vec{} : inner[S - 2];
+        if (R == kSubtract) sums[P - 2] -= b.fired ? held : Vec{};
+        const auto known = [&](Vec u) { return b.knows ? slope(u) : Vec{}; };
+        const Vec now = M::template charge_backward<R>(b.waits ? Vec{} : through, known, b.state, b.p, inner, sums);
+        g[0] = Vec{};
+        for (int s = 1; s < S; ++s) g[s] = inner[s - 1];
+        g[S - 1] += R == kZero ? (b.fired ? Vec{} : held) : held;
+        for (int k = 0; k < P - 2; ++k) grad[k] = sums[k];
+        grad[P - 1] = sums[P - 2];
+        return b.waits ? Vec{} : now;
+    }
+};
+
 // The membrane that is compared with the threshold in a step, from the states before it and the membrane after it.
 template <class M>
 G2G_INLINE Vec compared(const Vec (&before)[M::info.states], Vec after, const Vec (&p)[M::info.parameters]) {
     if constexpr (M::info.at_once)
-        return M::compared(before, p);
+        return M::compared(before, after, p);
     else
         return after;
 }
@@ -266,7 +340,7 @@ struct Types {
     static constexpr ModelInfo infos[sizeof...(Each)] = {Each::info...};  // of models
     static constexpr const char* names[sizeof...(Each)] = {Each::name...};  // of surrogates
 };
-using Models = Types<Lif, Synaptic, AdLif, CubaLif>;
+using Models = Types<Lif, Synaptic, AdLif, CubaLif, Refractory<Lif>, Refractory<Synaptic>, Refractory<AdLif>>;
 using Resets = Types<Constant<kSubtract>, Constant<kZero>, Constant<kNone>>;
 using Surrogates = Types<Atan, FastSigmoid, Sigmoid, Triangle, Boxcar>;
 

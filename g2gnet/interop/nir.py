@@ -167,8 +167,8 @@ def _check_written(net: SpikingNetwork) -> None:
                 f"{projection.name} adds to the membrane, and all that reaches NIR's CubaLIF to its current"
             )
     for name, neurons in net.neurons().items():
-        if neurons.model.name not in _FORMS:
-            kind = neurons.model.name
+        if neurons.model_name not in _FORMS:
+            kind = neurons.model_name
             lacks = f"{kind!r} neurons" + (" (its CubaLIF stands for Synaptic)" if kind == "cubalif" else "")
             raise ValueError(f"{name}: NIR has no {lacks}; only {', '.join(_FORMS)} convert")
         if neurons.reset != "zero":

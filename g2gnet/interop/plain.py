@@ -112,9 +112,9 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
         if not isinstance(module, G2GLinear | SpikingNeurons):
             raise ValueError(f"{name} is a {type(module).__name__}; only G2GLinear and the neurons of g2gnet convert")
     for name, neurons in net.neurons().items():
-        if neurons.model.name not in MODELS_IN_C:
+        if neurons.model_name not in MODELS_IN_C:
             raise ValueError(
-                f"{name}: {neurons.model.name!r} neurons are not written; only {', '.join(MODELS_IN_C)} are"
+                f"{name}: {neurons.model_name!r} neurons are not written; only {', '.join(MODELS_IN_C)} are"
             )
         # a field that is added to the record says nothing here until it is written
         record = neurons.population

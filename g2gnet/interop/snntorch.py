@@ -128,7 +128,7 @@ def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
     snn = optional_package("snntorch", "interop")
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (connection, neurons, recurrent) in enumerate(plain_layers(stack, "to_snntorch"), 1):
-        model = neurons.model.name
+        model = neurons.model_name
         if model not in _COUNTERPARTS:
             raise ValueError(f"lif{number}: snnTorch has no {model!r} neurons; only {', '.join(_COUNTERPARTS)} convert")
         kind, names = _COUNTERPARTS[model]

@@ -182,7 +182,11 @@ def test_results_are_the_same_for_any_number_of_threads_and_ranges(monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "parameters"),
-    [("adlif", (0.9, 0.8, 0.1, 0.2, 0.9)), ("cubalif", (0.8, 0.7, 0.5, 2.0, 0.0, 0.6))],  # whose states show no spikes
+    [
+        ("adlif", (0.9, 0.8, 0.1, 0.2, 0.9)),
+        ("cubalif", (0.8, 0.7, 0.5, 2.0, 0.0, 0.6)),
+        ("refractory_adlif", (0.9, 0.8, 0.1, 0.2, 3.0, 0.9)),
+    ],  # whose states show no spikes
 )
 def test_a_run_in_parts_and_in_chunks_is_the_whole_run(model, parameters):
     of = torch.randn(10, 4, 20, generator=seeded(1)), model, parameters, 90

@@ -137,6 +137,15 @@ def test_a_refractory_period_is_a_whole_number_of_steps(given, steps):
     other = CubaLIF(given.get("neurons"), reset_current=True)
     other.load_state_dict(neurons.state_dict())
     assert (other.refractory.tolist(), other.reset_current.item()) == (steps, 0)
+    for kind in (LIF, Synaptic, AdLIF):
+        neurons, plain = kind(**given), kind(given.get("neurons"))
+        assert plain.refractory is None
+        if not any(steps):
+            assert neurons.model_name == kind.model.name
+            continue
+        assert neurons.refractory.tolist() == steps
+        assert neurons.model_name == f"refractory_{kind.model.name}"
+        assert {*neurons.state_dict()} - {*plain.state_dict()} == {"refractory"}
 
 
 @pytest.mark.parametrize("size", [(40, 40, 40), (1, 40, 40), (40, 1, 1), (1, 1, 1)])

@@ -33,7 +33,7 @@ from g2gnet.dst.rules import unit_correlation
 from g2gnet.interop import from_snntorch, to_snntorch
 
 T, B, D = 11, 3, 10
-SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "d": 14, "e": 8, "out": 5}
+SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "d": 14, "e": 8, "l": 12, "s": 9, "t": 10, "out": 5}
 BACKENDS = [name for name in ("torch", "cpu") if name in available_backends()]
 COLUMNS = "pre", "post", "weight", "delay", "sizes"
 
@@ -71,6 +71,16 @@ GRAPHS = {
         ("e", "out", 0),
     ],
     "no delay but one": [("input", "d", 1), ("d", "e", 0), ("e", "e", (0, 3)), ("e", "d", 0), ("e", "out", 0)],
+    "refractory": [
+        ("input", "l", 0),
+        ("l", "l", 1),
+        ("l", "s", 0),
+        ("s", "s", (1, 3)),
+        ("s", "t", 2),
+        ("t", "l", 1),
+        ("t", "out", 0),
+    ],
+    "refractory chain": [("input", "l", 0), ("l", "l", 1), ("l", "t", (0, 2)), ("t", "t", 1), ("t", "out", 0)],
     "onto membranes": [
         ("input", "d", 0, "membrane"),
         ("d", "e", 1),
@@ -87,7 +97,15 @@ GRAPHS = {
 STACKS = {"stack": False, "recurrent stack": True}
 #: those whose states hold what delays need, and chains
 CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
-CONTINUED += ["current-based", "current-based chain", "no delay on a cycle", "no delay but one", "onto membranes"]
+CONTINUED += [
+    "current-based",
+    "current-based chain",
+    "no delay on a cycle",
+    "no delay but one",
+    "onto membranes",
+    "refractory",
+    "refractory chain",
+]
 
 
 def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0, **options) -> SpikingNetwork:
@@ -110,6 +128,8 @@ def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0,
     kinds = {"a": LIF(SIZES["a"], threshold=0.4), "b": AdLIF(threshold=0.5), "c": Synaptic(), "out": LIF(threshold=0.6)}
     cuba = {"syn_decay": 0.5, "beta": 0.6, "threshold": 0.3, "refractory": 3}
     kinds |= {"d": CubaLIF(**cuba), "e": CubaLIF(SIZES["e"], **cuba, reset="subtract", reset_current=True)}
+    kinds |= {"l": LIF(threshold=0.4, refractory=3), "s": Synaptic(threshold=0.5, refractory=2, reset="zero")}
+    kinds |= {"t": AdLIF(SIZES["t"], threshold=0.4, refractory=np.arange(SIZES["t"]) % 5)}
     populations = {each: kinds[each] for each in kinds if any(p.target == each for p in projections)}
     return SpikingNetwork(populations, projections, "out", T, backend=backend, **options)
 

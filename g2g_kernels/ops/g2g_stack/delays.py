@@ -190,14 +190,13 @@ def reaches_of(connections: Iterable[tuple[int, Delay | None]], models: Sequence
         if delay is not None:
             # one more for the gradient of learned delays
             reaches[source] = max(reaches[source], delay.most + (delay.learned is not None))
-    late = late_of(models)
-    for number in range(len(models)):
-        if reaches[number] == 1 and number not in late:
+    for number, model in enumerate(models):
+        if reaches[number] == 1 and (model not in MODELS or MODELS[model].compared is None):
             reaches[number] = 0
     return reaches
 
 
 def late_of(models: Sequence[str | None]) -> tuple[int, ...]:
-    """The numbers of the populations, whose neurons have these ``models``, that are reset in the step of their spike:
-    what arrives in a step acts on the spikes of later ones, and spikes do not follow from states."""
-    return tuple([n for n, model in enumerate(models) if model in MODELS and MODELS[model].compared is not None])
+    """The numbers of the populations, whose neurons have these ``models``, in which what arrives in a step acts on the
+    spikes of later ones."""
+    return tuple([n for n, model in enumerate(models) if model in MODELS and MODELS[model].at_once])

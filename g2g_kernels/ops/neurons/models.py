@@ -38,10 +38,11 @@ class NeuronModel(NamedTuple):
             gradients of the states after the step, the gradients of the current, of the ``states`` before it, and this
             step's part of those of the parameters (None: nothing). No gradient passes through R. ``slope(U)`` is
             σ'(U − θ): what reaches S_{t−1} goes on to U_{t−1}, and negated to θ, times ``slope(U_{t−1})``.
-        compared: ``(states, parameters) -> membrane`` that a step from these ``states`` compares with the threshold,
-            for a model that is reset in the step of its spike; None: the membrane after the step. The spikes of such
-            a model do not follow from its states, ``fired`` and ``spike`` mean nothing to it, and ``grads`` end with
-            the gradient of the membrane that is compared, after those of the states.
+        compared: ``(states, membrane, parameters) -> membrane`` that a step from these ``states`` to this ``membrane``
+            compares with the threshold; None: the one after the step. Where it is not None spikes do not follow from
+            the membrane alone, and ``fired`` means nothing to the model.
+        at_once: whether it is reset in the step of its spike: what arrives in a step acts on the spikes of later ones.
+            ``grads`` then end with the gradient of the membrane that is compared, after those of the states.
         takes: ``(states, fired, parameters, reset) -> bool`` where the membrane takes a current of its own in a step
             from these ``states``, for a model whose ``current`` goes to another state; None: it goes to the membrane.
         fixed: the names of parameters that have no gradient.
@@ -56,7 +57,8 @@ class NeuronModel(NamedTuple):
     states: tuple[str, ...]
     charge: Callable[[Tensors, torch.Tensor, OfMembrane, torch.Tensor, Tensors, str], Tensors]
     charge_backward: Callable[[Tensors, Tensors, torch.Tensor, OfMembrane, Tensors, str], StepGradients]
-    compared: Callable[[Tensors, Tensors], torch.Tensor] | None = None
+    compared: Callable[[Tensors, torch.Tensor, Tensors], torch.Tensor] | None = None
+    at_once: bool = False
     takes: Callable[[Tensors, torch.Tensor, Tensors, str], torch.Tensor] | None = None
     fixed: tuple[str, ...] = ()
     by_spikes: tuple[str, ...] = ()
@@ -183,13 +185,13 @@ def clamped(decay: torch.Tensor) -> torch.Tensor:
 # Where a neuron is refractory, −∞ is compared with the threshold: no spike, and the slope of every surrogate is 0.
 
 
-def _cubalif_compared(states: Tensors, parameters: Tensors) -> torch.Tensor:
+def _cubalif_compared(states: Tensors, after: torch.Tensor, parameters: Tensors) -> torch.Tensor:
     (waiting, synaptic_current, membrane), (_, beta, gain, *_) = states, parameters
     return (membrane * beta + synaptic_current * gain).masked_fill(waiting != 0, -torch.inf)
 
 
 def _cubalif_takes(states: Tensors, fired: torch.Tensor, parameters: Tensors, reset: str) -> torch.Tensor:
-    return (states[0] == 0) & ~(_cubalif_compared(states, parameters) > parameters[-1])
+    return (states[0] == 0) & ~(_cubalif_compared(states, states[-1], parameters) > parameters[-1])
 
 
 def _cubalif_charge(
@@ -274,6 +276,7 @@ MODELS = {
             _cubalif_charge,
             _cubalif_charge_backward,
             compared=_cubalif_compared,
+            at_once=True,
             takes=_cubalif_takes,
             fixed=("refractory", "reset_current"),
         ),
@@ -281,11 +284,107 @@ MODELS = {
 }
 
 
+REFRACTORY = "refractory_"
+
+
+class _LastStep(NamedTuple):
+    """What refractory neurons know before a step from their states f, …, U: where S_{t−1} follows from the membrane
+    (``knows``; elsewhere it is 0, since the step before was refractory); where it is 1 (``fired``); where this step is
+    refractory (``waits``); and f after it (``left``)."""
+
+    knows: torch.Tensor
+    fired: torch.Tensor
+    waits: torch.Tensor
+    left: torch.Tensor
+
+    @classmethod
+    def of(cls, states: Tensors, parameters: Tensors) -> "_LastStep":
+        left, period = states[0].detach(), parameters[-2].detach()
+        knows = left == 0
+        fired = knows & (states[-1] > parameters[-1])
+        begins = fired & (period > 1)
+        return cls(knows, fired, begins | (left > 1), torch.where(begins, period - 1, (left - 1).clamp(min=0)))
+
+
+def refractory(model: NeuronModel) -> NeuronModel:
+    """A model that resets one step after its spike, with a refractory period of R steps, its last parameter but one.
+
+    The step after a spike, and those before which its first state f is 2 or more, are refractory, if R is: the membrane
+    is reset, then held, nothing is compared, and the other states go on without current. f is R − 1 after the first of
+    these steps and 1 after the last, so that it says of the step before whether it was one.
+    """
+
+    def inner(parameters: Tensors) -> Tensors:
+        return *parameters[:-2], parameters[-1]
+
+    def compared(states: Tensors, after: torch.Tensor, parameters: Tensors) -> torch.Tensor:
+        return after.masked_fill(_LastStep.of(states, parameters).waits, -torch.inf)
+
+    def takes(states: Tensors, fired: torch.Tensor, parameters: Tensors, reset: str) -> torch.Tensor:
+        last = _LastStep.of(states, parameters)
+        assert model.takes is not None
+        return ~last.waits & model.takes(states[1:], last.fired, inner(parameters), reset)
+
+    def charge(
+        states: Tensors, fired: torch.Tensor, spike: OfMembrane, current: torch.Tensor, parameters: Tensors, reset: str
+    ) -> Tensors:
+        last, theta = _LastStep.of(states, parameters), parameters[-1]
+
+        def known_spike(membrane: torch.Tensor) -> torch.Tensor:
+            return spike(membrane.masked_fill(~last.knows, -torch.inf))
+
+        current = _unless(last.waits, current)
+        after = model.charge(states[1:], last.fired, known_spike, current, inner(parameters), reset)
+        held = states[-1]
+        if reset != "none":
+            held = torch.where(last.fired, held - theta if reset == "subtract" else 0, held)
+        return last.left, *after[:-1], torch.where(last.waits, held, after[-1])
+
+    def charge_backward(
+        grads: Tensors, states: Tensors, fired: torch.Tensor, slope: OfMembrane, parameters: Tensors, reset: str
+    ) -> StepGradients:
+        last = _LastStep.of(states, parameters)
+
+        def known_slope(membrane: torch.Tensor) -> torch.Tensor:
+            return _unless(~last.knows, slope(membrane))
+
+        _, *others, to_membrane = grads
+        held = _unless(~last.waits, to_membrane)
+        free = *others, _unless(last.waits, to_membrane)
+        to_current, (*before, to_before), (*to_parameters, to_theta) = model.charge_backward(
+            free, states[1:], last.fired, known_slope, inner(parameters), reset
+        )
+        if reset == "subtract":
+            assert to_theta is not None
+            to_theta = to_theta - _unless(~last.fired, held)
+        elif reset == "zero":
+            held = _unless(last.fired, held)
+        states_before = torch.zeros_like(states[0]), *before, to_before + held
+        return _unless(last.waits, to_current), states_before, (*to_parameters, None, to_theta)
+
+    return NeuronModel(
+        f"{REFRACTORY}{model.name}",
+        (*model.parameters[:-1], "refractory", "threshold"),
+        model.decays,
+        ("refractory_steps", *model.states),
+        charge,
+        charge_backward,
+        compared=compared,
+        takes=None if model.takes is None else takes,
+        fixed=("refractory",),
+        by_spikes=model.by_spikes,
+    )
+
+
+MODELS |= {each.name: each for each in [refractory(MODELS[name]) for name in ("lif", "synaptic", "adlif")]}
+
+
 class Neurons(NamedTuple):
     """A population of neurons in the operators' form.
 
     Attributes:
-        model: ``"lif"``, ``"synaptic"``, ``"adlif"`` or ``"cubalif"``, a name in ``MODELS``.
+        model: ``"lif"``, ``"synaptic"``, ``"adlif"`` or ``"cubalif"``, or one of the first three with a refractory
+            period, as ``"refractory_lif"``: a name in ``MODELS``.
         parameters: in the model's order, each a number, or a tensor of one entry or [N].
         reset: ``"subtract"``, ``"zero"`` or ``"none"``.
         surrogate: the stand-in for dS/dU, a name in ``SURROGATES``.

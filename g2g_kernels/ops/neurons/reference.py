@@ -88,7 +88,7 @@ class _Neurons(torch.autograd.Function):
                 own = (to_membrane if held else to_membrane[t]).to(dtype)
                 taken = torch.where(model.takes(before, fired, used, options.reset), states[-1] + own, states[-1])
                 states = (*states[:-1], taken)
-            fired = (states[-1] if model.compared is None else model.compared(before, used)) > used[-1]
+            fired = (states[-1] if model.compared is None else model.compared(before, states[-1], used)) > used[-1]
             spikes[t] = fired
             if keep:
                 for of_all_steps, each in zip(kept, states, strict=True):
@@ -125,10 +125,10 @@ class _Neurons(torch.autograd.Function):
         grad_own = torch.zeros_like(grad_current) if need_own else None
         for t in range(len(membranes) - 1, -1, -1):
             before = tuple(states[t - 1] for states in kept) if t > 0 else first
-            compared = membranes[t] if model.compared is None else model.compared(before, used)
+            compared = membranes[t] if model.compared is None else model.compared(before, membranes[t], used)
             through_spike = slope(compared).mul_(grad_spikes[t])
             sums[-1] -= through_spike
-            grads = (*grads[:-1], grads[-1] + through_spike) if model.compared is None else (*grads, through_spike)
+            grads = (*grads, through_spike) if model.at_once else (*grads[:-1], grads[-1] + through_spike)
             fired = before[-1] > theta
             if grad_own is not None and model.takes is not None:
                 taken = grads[len(kept) - 1].masked_fill(~model.takes(before, fired, used, options.reset), 0)

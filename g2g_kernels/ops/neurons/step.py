@@ -165,7 +165,7 @@ def _step(
         states = (*states[:-1], torch.where(takes, states[-1] + to_membrane.to(dtype), states[-1]))
     if known is not None:
         states = tuple([value + _rise(state) for value, state in zip(known, states, strict=True)])
-    compared = states[-1] if model.compared is None else model.compared(before, parameters)
+    compared = states[-1] if model.compared is None else model.compared(before, states[-1], parameters)
     return spike(compared).to(current.dtype), states
 
 

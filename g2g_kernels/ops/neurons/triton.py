@@ -346,10 +346,10 @@ def parameter_gradients(population: Neurons, sums: torch.Tensor) -> tuple[torch.
 
 def refuses_model(population: Neurons) -> str | None:
     """Why no Triton kernel runs these neurons, or None."""
-    at_once = MODELS[population.model].compared is not None
-    return (
-        f"resets neurons one step after their spike, and {population.model!r} resets them at once" if at_once else None
-    )
+    model = MODELS[population.model]
+    if model.at_once:
+        return f"resets neurons one step after their spike, and {model.name!r} resets them at once"
+    return f"has no refractory periods, as {model.name!r} has" if model.compared is not None else None
 
 
 def refuses(

@@ -52,6 +52,8 @@ class Case:
             if started:
                 states = len(MODELS[model].states)
                 self.leaves[f"{population}.state"] = torch.randn(states, samples, size, generator=draw) / 2
+                if model.startswith("refractory"):  # whole steps
+                    self.leaves[f"{population}.state"][0] = torch.randint(0, 3, (samples, size), generator=draw)
         self.masks, self.delays = [], []
         for number, (source, target, delay) in enumerate(self.connections):
             # other groups than those of the source's own connections, as in a layer of a Mixer network
@@ -119,7 +121,7 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
         layers = case.layers(own, **options)
         x, steps = (own["x"][0], T) if held else (own["x"], None)
         # a recurrent population whose states do not show its last spikes continues them in a graph
-        at_once = case.model == "cubalif" and case.started and "a.sent" in own and ("a", "a", 1) in case.connections
+        at_once = MODELS[case.model].compared and case.started and "a.sent" in own and ("a", "a", 1) in case.connections
         way = "cpu chain" if case.is_chain and not at_once else "cpu graph"
         assert backend == "torch" or explain(x, layers, steps, backend).way.name == way
         if backend == "cpu":

@@ -49,6 +49,10 @@ def drawn(
         tensors["state"] = torch.randn(len(MODELS[model].states), B, N, generator=draw, dtype=torch.float64)
         if model == "cubalif":
             tensors["state"][0].round_().clamp_(min=0)
+        elif MODELS[model].compared:
+            tensors["state"][0] = torch.randint(0, 4, (B, N), generator=draw).minimum(
+                (tensors["refractory"] - 1).clamp(min=0)
+            )
     return {name: tensor.float().double() for name, tensor in tensors.items()}
 
 
@@ -64,29 +68,41 @@ def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
     def run(current, *parameters, state=None, to_membrane=None):
         own = dict(zip(PARAMETERS[model], parameters, strict=True))
         onto = torch.zeros_like(current) if to_membrane is None else to_membrane
-        beta, threshold = own["beta"], own["threshold"]
+        beta, threshold, base = own["beta"], own["threshold"], model.removeprefix("refractory_")
         zeros = torch.zeros(len(MODELS[model].states), B, N, dtype=current.dtype)
         *other, membrane = zeros if state is None else state
-        spiked = zeros[-1] if state is None else spike(membrane - threshold, surrogate, alpha)
         if model == "cubalif":
             return by_cuba_loop(current, onto, own, other, membrane, reset, lambda x: spike(x, surrogate, alpha))
+        # steps that are left; known: the last step was not refractory
+        period, left = own.get("refractory", torch.zeros(1)).clamp(min=1) - 1, zeros[0]
+        if base != model:
+            left, *other = other
+        known = (left == 0).to(current.dtype)
+        left = (left - 1).clamp(min=0)
+        spiked = zeros[-1] if state is None else known * spike(membrane - threshold, surrogate, alpha)
+        left = torch.where(spiked > 0.5, period, left)
         spikes = []
         for t in range(T):
-            now, fired = current if current.dim() == 2 else current[t], (spiked > 0.5).to(current.dtype)
-            kept = 1 - fired if reset == "zero" else 1
-            if model == "synaptic":
+            now, extra = (each if each.dim() == 2 else each[t] for each in (current, onto))
+            fired, free = (spiked > 0.5).to(current.dtype), (left == 0).to(current.dtype)
+            kept, now = 1 - fired if reset == "zero" else 1, now * free
+            held = membrane * kept - (threshold * fired if reset == "subtract" else 0)
+            if base == "synaptic":
                 other = [own["syn_decay"] * other[0] + now]
-                membrane = kept * (beta * membrane + other[0] + (onto if current.dim() == 2 else onto[t]))
-            elif model == "adlif":
+                membrane = kept * (beta * membrane + other[0] + extra)
+            elif base == "adlif":
                 other = [own["adapt_decay"] * other[0] + own["a"] * kept * membrane + own["b"] * spiked]
                 membrane = beta * kept * membrane + now - other[0]
             else:
                 membrane = beta * kept * membrane + now
             if reset == "subtract":
                 membrane = membrane - threshold * fired
-            spiked = spike(membrane - threshold, surrogate, alpha)
+            membrane = free * membrane + (1 - free) * held
+            spiked = free * spike(membrane - threshold, surrogate, alpha)
+            # after the first refractory step R − 1, after the last 1
+            was, left = left, torch.where(spiked > 0.5, period, (left - 1).clamp(min=0))
             spikes.append(spiked)
-        return torch.stack(spikes), torch.stack([*other, membrane])
+        return torch.stack(spikes), torch.stack([*([was] if base != model else []), *other, membrane])
 
     return run
 
@@ -153,7 +169,11 @@ def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogat
     assert_near(outcome(on("torch", model, reset, surrogate, 1.5), tensors), expected, 1e-11)
 
 
-@every_pair(model=("synaptic", "cubalif"), **{name: KINDS[name] for name in KINDS if name != "model"}, **OPTIONS)
+@every_pair(
+    model=("synaptic", "cubalif", "refractory_synaptic"),
+    **{name: KINDS[name] for name in KINDS if name != "model"},
+    **OPTIONS,
+)
 def test_a_current_onto_the_membrane_is_that_of_a_plain_loop_in_float64(
     model, reset, surrogate, per_neuron, held, from_state
 ):
@@ -194,7 +214,7 @@ def test_steps_give_the_spikes_and_gradients_of_the_whole(model, reset, surrogat
     def any_step(current, states, *own):
         return neurons_step(current, states, Neurons(model, own[:-3], *own[-3:]))
 
-    steps = {"lif": lif_step, "synaptic": synaptic_step, "adlif": adlif_step}
+    steps = {"lif": lif_step, "synaptic": synaptic_step, "adlif": adlif_step}  # of those without a refractory period
     step = steps.get(model, any_step)
 
     def step_by_step(current, *own, state=None):

@@ -117,10 +117,14 @@ def test_what_the_other_library_lacks_is_refused():
              for source, target in (("input", "s"), ("s", "out"))]  # fmt: skip
     passing_by = SpikingNetwork({"s": Synaptic(reset="zero"), "out": LIF(reset="zero")}, joins, "out")
     mixed.lif2.beta.data[3:5] = 1.2
+    refractory = SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 4)), LIF(reset="zero", refractory=3))])
     for convert, message in (
         (lambda: to_snntorch(small_net(neuron="adlif")), "lif1: snnTorch has no 'adlif' neurons; only lif, synaptic"),
         (lambda: to_snntorch(small_net(recurrent=True, reset="zero")), "lif1: snn.RLeaky with reset to zero holds"),
         (lambda: to_nir(small_net(neuron="adlif")), "lif1: NIR has no 'adlif' neurons; only lif, synaptic convert"),
+        (lambda: to_nir(refractory), "lif1: NIR has no 'refractory_lif' neurons"),
+        (lambda: to_snntorch(refractory), "lif1: snnTorch has no 'refractory_lif' neurons"),
+        (lambda: plain(refractory), "lif1: 'refractory_lif' neurons are not written"),
         (lambda: to_nir(small_net(neuron="cubalif")), "lif1: NIR has no 'cubalif' neurons .its CubaLIF stands"),
         (lambda: to_nir(small_net()), "reset='subtract' cannot be written to NIR, .*; train the .* with reset='zero'"),
         (lambda: to_nir(mixed),

@@ -264,7 +264,7 @@ def first_finding(operator: str, device: torch.device) -> str:
 
 def _line(cases: list[Check], backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, list[str]]:
     precision = str(dtype).removeprefix("torch.")
-    start = f"{device!s:<9}{backend:<9}{cases[0].operator:<12}{precision:<10}"
+    start = f"{device!s:<9}{backend:<9}{cases[0].operator:<20}{precision:<10}"
     wrong, largest = [], 0.0
     for check in cases:
         try:
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(describe())
     began = time.perf_counter()
     print(
-        f"{'device':<9}{'backend':<9}{'operator':<12}{'precision':<10}{'cases':>5}{'largest error':>15}{'allowed':>10}"
+        f"{'device':<9}{'backend':<9}{'operator':<20}{'precision':<10}{'cases':>5}{'largest error':>15}{'allowed':>10}"
     )
     lines = findings = 0
     for device in chosen:

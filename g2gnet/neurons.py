@@ -94,7 +94,7 @@ class SpikingNeurons(nn.Module):
             else:
                 self.register_buffer(name, tensor)
         kept = own_period or bool(period.any())
-        self.register_buffer("refractory", period.to(self.threshold) if kept else None)
+        self.register_buffer("refractory", period.to(tensor) if kept else None)
         if parameters:
             raise TypeError(
                 f"{', '.join(parameters)}: unknown to {self.model.name} neurons, which have {', '.join(self.initial)}"

@@ -370,7 +370,7 @@ struct PopulationBackward : LayerBackward {
         if (!begin && layer.state) load_states(s, layer, layer.state, sample, r, first), grads.first = first;
         const SampleParameters own(parameters, layer, sample, r);
         float* const tile = x.arrived_at(r, b) + begin * kLanes;
-        scan({tile, x.constant_at(r, b)}, states, count, own.block, layer.neurons.alpha, grads);
+        scan({tile, x.constant_at(r, b)}, states, count, own.block, steepness(layer.neurons), grads);
         __builtin_memcpy(x.rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
         add(sum, current + at);
         for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);

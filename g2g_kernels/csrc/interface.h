@@ -29,7 +29,8 @@ struct ModelInfo {
     const char* state_names[kMostStates];          // the last one is the membrane, which is compared with the threshold
     const char* parameter_names[kMostParameters];  // the last one is the threshold
     bool decays[kMostParameters];                  // clamped to 0 … 1
-    bool at_once = false;                          // reset in the step of a spike, which its states then do not show
+    bool hidden = false;                           // its states do not show the spikes of the last step
+    bool at_once = false;                          // reset in the step of a spike: what arrives in it acts later
 };
 
 // Divides a scratch buffer; with base null it only measures how large the buffer must be.

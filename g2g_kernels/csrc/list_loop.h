@@ -129,14 +129,15 @@ struct LoopStep {
     int64_t stride;                        // of the states
 };
 
-template <class M, int R>
+template <class M, class R>
 void loop_step(const LaneParameters& parameters, int64_t first, int64_t last, const LoopStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
+    const R reset{parameters.reset};
     for (int64_t i = first; i < last; i += W) {
         Vec state[S], p[P];
         for (int s = 0; s < S; ++s) state[s] = load(step.before + s * step.stride + i);
         for (int k = 0; k < P; ++k) p[k] = load(parameters.lanes[k] + i);
-        Vec spikes = heaviside(G2G_ISA::step<M, R>(state, load(step.current + i), p), p[P - 1]);
+        Vec spikes = heaviside(G2G_ISA::step<M>(state, load(step.current + i), p, reset), p[P - 1]);
         if (step.keep) spikes *= load(step.keep + i);
         for (int s = 0; s < S; ++s) store(step.now + s * step.stride + i, state[s]);
         store(step.spikes + i, spikes);
@@ -187,7 +188,7 @@ inline void list_loop_forward(ListLoop& a, Arena& arena) {
     if (!arena.base) return;
 
     call.load();
-    const auto step = with_step(a.neurons, [](auto model, auto reset) { return &loop_step<decltype(model), decltype(reset)::value>; });
+    const auto step = with_step(a.neurons, [](auto model, auto reset) { return &loop_step<decltype(model), decltype(reset)>; });
     for (int64_t range = 0; range < lists.ranges; ++range)
         for (Active* each : active) each[range].neurons = noted + (each == active[1]) * a.size + range * lists.length;
     zero(current, padded * sizeof(float));
@@ -238,9 +239,10 @@ struct LoopStepBackward {
     bool begins;                                    // without a state the spike before the first step is a constant
 };
 
-template <class M, int R, class Surrogate>
-void loop_step_backward(const LaneParameters& parameters, float alpha, int64_t first, int64_t last, const LoopStepBackward& step) {
+template <class M, class R, class Surrogate>
+void loop_step_backward(const LaneParameters& parameters, Steepness alpha, int64_t first, int64_t last, const LoopStepBackward& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
+    const R reset{parameters.reset};
     for (int64_t i = first; i < last; i += W) {
         Vec p[P], before[S], g[S], grad[P];
         for (int k = 0; k < P; ++k) p[k] = load(parameters.lanes[k] + i), grad[k] = load(step.parameters[k] + i);
@@ -250,7 +252,7 @@ void loop_step_backward(const LaneParameters& parameters, float alpha, int64_t f
         const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
         const auto slope_before = [&](Vec u) { return step.begins ? Vec{} : slope(u); };
         const Vec through = spike_grad * slope(compared<M>(before, load(step.now + (S - 1) * step.stride + i), p));
-        const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g, grad);
+        const Vec to_current = M::charge_backward(through, slope_before, before, p, g, grad, reset);
         for (int s = 0; s < S; ++s) store(step.states + s * step.stride + i, g[s]);
         for (int k = 0; k < P; ++k) store(step.parameters[k] + i, grad[k]);
         store(step.to_current + i, to_current);
@@ -313,7 +315,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
     if (a.grad_values) zero_floats(grad, lists.entries(), a.threads);
     for (int k = 0; k < model.parameters; ++k) zero(totals[k], a.size * sizeof(double));
     const auto step = with_gradient(a.neurons, [](auto m, auto reset, auto surrogate) {
-        return &loop_step_backward<decltype(m), decltype(reset)::value, decltype(surrogate)>;
+        return &loop_step_backward<decltype(m), decltype(reset), decltype(surrogate)>;
     });
 
     const auto spikes_of = choose(Models{}, a.neurons.model, [](auto m) { return &loop_spikes<decltype(m)>; });
@@ -342,7 +344,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
                 }
                 LoopStepBackward own_step{reaching, now, before, sent, states, to_current, held, {}, padded, t == 0 && !a.state};
                 for (int k = 0; k < model.parameters; ++k) own_step.parameters[k] = sums[k];
-                (*step)(call.parameters, a.neurons.alpha, at, end, own_step);
+                (*step)(call.parameters, steepness(a.neurons), at, end, own_step);
                 if (a.grad_current && !a.held) call.of(group, a.grad_current + t * call.matrix).store(first, last, to_current + at);
                 if (t)
                     (*spikes_of)(call.parameters, at, end, t > 1 ? before - rows : own, before, sent, padded, spikes);

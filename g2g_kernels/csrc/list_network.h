@@ -115,13 +115,16 @@ void each_weight(const Arrivals& arrivals, const Ahead& ahead, const F& f) {
 // --- any model --------------------------------------------------------------------------------------------------
 
 // Where the membrane takes a current of its own in a step from the states `before`, of a model whose current goes elsewhere.
-template <class M, int R>
-G2G_INLINE IntVec takes(const Vec (&before)[M::info.states], const Vec (&p)[M::info.parameters]) {
-    return R == kZero ? ~(before[M::info.states - 1] > p[M::info.parameters - 1]) : Vec{} == Vec{};
+template <class M>
+G2G_INLINE IntVec takes(const Vec (&before)[M::info.states], const Vec (&p)[M::info.parameters], int32_t reset) {
+    if constexpr (M::info.hidden)
+        return M::takes(before, p, reset);
+    else
+        return reset == kZero ? ~(before[M::info.states - 1] > p[M::info.parameters - 1]) : Vec{} == Vec{};
 }
 
 // Passes over all neurons. What arrives is added up before.
-template <class M, int R>
+template <class M, class R>
 struct AllNeurons : Stepper {
     static constexpr int S = M::info.states, P = M::info.parameters;
     const SharedPopulation& shared;
@@ -149,10 +152,10 @@ struct AllNeurons : Stepper {
             Vec before[S], now[S], p[P];
             for (int s = 0; s < S; ++s) now[s] = before[s] = load(states.data() + s * shared.padded + i);
             for (int k = 0; k < P; ++k) p[k] = shared.parameters[k].vector(i);
-            M::template charge<R>(now, current, p);
-            now[S - 1] = takes<M, R>(before, p) ? now[S - 1] + membrane : now[S - 1];
+            M::charge(now, current, p, R{shared.given.neurons.reset});
+            now[S - 1] = takes<M>(before, p, shared.given.neurons.reset) ? now[S - 1] + membrane : now[S - 1];
             for (int s = 0; s < S; ++s) store(states.data() + s * shared.padded + i, now[s]);
-            for (uint64_t bits = greater_bits(now[S - 1], p[P - 1]); bits; bits &= bits - 1) {
+            for (uint64_t bits = greater_bits(compared<M>(before, now[S - 1], p), p[P - 1]); bits; bits &= bits - 1) {
                 const int64_t n = i + __builtin_ctzll(bits);
                 if (n < shared.size) fired.push_back(static_cast<int32_t>(n));
             }
@@ -430,11 +433,11 @@ private:
     }
 };
 
-template <class M, int R>
+template <class M, class R>
 std::unique_ptr<Stepper> stepper(const SharedPopulation& shared, const Held& held, double visit_cost, const Real* before,
                                  int64_t stride) {
     if constexpr (std::is_same_v<M, CubaLif>)
-        return std::make_unique<CubaLifs<R>>(shared, held, visit_cost, before, stride);
+        return std::make_unique<CubaLifs<R::value>>(shared, held, visit_cost, before, stride);
     else
         return std::make_unique<AllNeurons<M, R>>(shared, held, before, stride);
 }
@@ -562,7 +565,7 @@ public:
             const auto states = static_cast<const Real*>(given.state);
             const Real* const before = states ? states + sample * given.size : nullptr;
             steppers.push_back(with_step(given.neurons, [&](auto model, auto reset) {
-                return stepper<decltype(model), decltype(reset)::value>(call.populations[p], held[p], a.visit_cost, before,
+                return stepper<decltype(model), decltype(reset)>(call.populations[p], held[p], a.visit_cost, before,
                                                                         int64_t{a.samples} * given.size);
             }));
         }

@@ -82,10 +82,11 @@ struct Steps {
 
 // Lanes from the i-th of a span on. `states` [states][span] go in and out; `kept`, whose rows are steps.stride apart,
 // receives them too, if not null.
-template <class M, int R, class L>
+template <class M, class R, class L>
 void forward_bundle(const L& lanes, const Steps& steps, const LaneParameters& parameters, int64_t i, const float* current,
                     float* states, int64_t span, float* spikes, float* kept) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
+    const R reset{parameters.reset};
     const int64_t count = steps.count, current_stride = steps.current_stride, stride = steps.stride;
     Vec state[V][S], p[V][P];
     unrolled<V>([&](auto v) {
@@ -95,7 +96,7 @@ void forward_bundle(const L& lanes, const Steps& steps, const LaneParameters& pa
     for (int64_t t = 0; t < count; ++t, current += current_stride, spikes += stride)
         unrolled<V>([&](auto v) {
             fetch(current + kAhead + v * W);
-            lanes.stream(spikes, v, heaviside(step<M, R>(state[v], lanes.load(current, v), p[v]), p[v][P - 1]));
+            lanes.stream(spikes, v, heaviside(step<M>(state[v], lanes.load(current, v), p[v], reset), p[v][P - 1]));
         });
     unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) {
@@ -106,7 +107,7 @@ void forward_bundle(const L& lanes, const Steps& steps, const LaneParameters& pa
 }
 
 // All steps of one span. `states` [states][span] is scratch.
-template <class M, int R>
+template <class M, class R>
 void forward_span(const NeuronLoop& a, const Spans& spans, const LaneParameters& parameters, int64_t place, int64_t width,
                   float* states) {
     constexpr int S = M::info.states;
@@ -134,7 +135,7 @@ inline void neurons_forward(NeuronLoop& a, Arena& arena) {
     const int64_t scratch_size = model_info(a.neurons).states * spans.span;
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
-    const auto run = with_step(a.neurons, [](auto m, auto reset) { return &forward_span<decltype(m), decltype(reset)::value>; });
+    const auto run = with_step(a.neurons, [](auto m, auto reset) { return &forward_span<decltype(m), decltype(reset)>; });
     for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
         run(a, spans, parameters.from(place % a.size), place, width, scratch + worker * scratch_size);
     });
@@ -151,11 +152,12 @@ struct LaneSums {
 
 // Lanes from the i-th of a span on. `states` has room for those before the first step and after each one,
 // [steps + 1][states][kBundle]. ∂L/∂I_t goes to a row of `target` each or, if that is null, into sums.current.
-template <class M, int R, class Surrogate, class L>
+template <class M, class R, class Surrogate, class L>
 void backward_bundle(const L& lanes, const Steps& steps, const LaneParameters& parameters, int64_t i,
-                     float alpha, const float* kept, const float* current, float* states,
+                     Steepness alpha, const float* kept, const float* current, float* states,
                      const float* upstream, float* target, const LaneSums& sums) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
+    const R reset{parameters.reset};
     const int64_t count = steps.count, current_stride = steps.current_stride, stride = steps.stride;
     const float* rows[P];
     for (int k = 0; k < P; ++k) rows[k] = parameters.lanes[k] + i;
@@ -178,7 +180,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const LaneParameters& p
             fetch(current + kAhead + v * W);
             Vec p[P];
             for (int k = 0; k < P; ++k) p[k] = load(rows[k] + v * W);
-            M::template charge<R>(state[v], lanes.load(current, v), p);
+            M::charge(state[v], lanes.load(current, v), p, reset);
             for (int s = 0; s < S; ++s) store(states + (t * S + s) * kBundle + v * W, state[v][s]);
         });
     for (int64_t t = count - 1; t >= 0; --t)
@@ -193,7 +195,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const LaneParameters& p
             const Vec after = state[v][S - 1];
             for (int s = 0; s < S; ++s) state[v][s] = load(states + (t * S + s) * kBundle + v * W);
             const Vec through = lanes.load(from, v) * slope(compared<M>(state[v], after, p));
-            const Vec now = M::template charge_backward<R>(through, slope_before, state[v], p, g[v], grad[v]);
+            const Vec now = M::charge_backward(through, slope_before, state[v], p, g[v], grad[v], reset);
             to_current[v] += now;
             if (target) lanes.stream(target + t * stride, v, now);
         });
@@ -205,7 +207,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const LaneParameters& p
 }
 
 // All steps of one span, from the last to the first. `states` is scratch for backward_bundle().
-template <class M, int R, class Surrogate>
+template <class M, class R, class Surrogate>
 void backward_span(const NeuronLoop& a, const Spans& spans, const LaneParameters& parameters, int64_t place, int64_t width,
                    float* states, const LaneSums& sums) {
     constexpr int S = M::info.states;
@@ -216,7 +218,7 @@ void backward_span(const NeuronLoop& a, const Spans& spans, const LaneParameters
         for_each_bundle(width, [&](int64_t i, auto lanes) {
             const int64_t at = first * row + place + i;
             backward_bundle<M, R, Surrogate>(
-                lanes, steps, parameters, i, a.neurons.alpha,
+                lanes, steps, parameters, i, steepness(a.neurons),
                 first     ? a.kept + (first / a.every - 1) * S * row + place + i
                 : a.state ? a.state + place + i
                           : nullptr,
@@ -244,7 +246,7 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     if (!arena.base) return;
 
     const auto run = with_gradient(a.neurons, [](auto m, auto reset, auto surrogate) {
-        return &backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)>;
+        return &backward_span<decltype(m), decltype(reset), decltype(surrogate)>;
     });
     for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
         float* mine = scratch + worker * scratch_size;

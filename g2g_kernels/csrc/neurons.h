@@ -8,12 +8,15 @@
 //                    from later steps, and is moved on to the states `before`. Adds to the parameters' gradients and
 //                    returns ∂L/∂I_t. slope(U) is σ'(U − θ): what reaches S_{t−1}, on which a step may depend by more than
 //                    the reset, goes on to U_{t−1}, and negated to θ, times slope(U_{t−1}). Who does not call it pays nothing.
-//   compared         of a model whose spikes do not follow from its states (info.at_once): the membrane that a step from these
+//   compared         of a model whose spikes do not follow from its states (info.hidden): the membrane that a step from these
 //                    states compares with θ, −∞ where it is refractory. `through` is then what reaches this membrane.
 //
 // A spike is U_t > θ; it is compared, counted and differentiated outside. Everything works on one vector of lanes and is
 // inlined into loops that hold these arrays in registers. Padding lanes have θ = ∞: they never spike and every surrogate
 // is 0 there.
+//
+// A model is compiled once for each reset and surrogate, those of `infrequent` models with AnySurrogate and out of line: slower, but
+// compiled in a fraction of the time.
 #pragma once
 
 #include <cmath>
@@ -32,27 +35,27 @@ struct Lif {
     static constexpr const char* refractory = "refractory_lif";  // the name of Refractory<Lif>
     static constexpr ModelInfo info = {"lif", 1, 2, {"membrane"}, {"beta", "threshold"}, {true, false}};
 
-    template <int R>
-    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2]) {
+    template <class R>
+    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2], R reset) {
         const Vec decay = p[0], theta = p[1];
         Vec u = state[0];
         const IntVec fired = u > theta;
-        if (R == kZero) u = fired ? Vec{} : u;
+        if (reset == kZero) u = fired ? Vec{} : u;
         u = decay * u + current;
-        if (R == kSubtract) u = u - (fired ? theta : Vec{});
+        if (reset == kSubtract) u = u - (fired ? theta : Vec{});
         state[0] = u;
     }
 
-    template <int R, class Slope>
+    template <class R, class Slope>
     static G2G_INLINE Vec charge_backward(Vec through, const Slope&, const Vec (&before)[1], const Vec (&p)[2], Vec (&g)[1],
-                                          Vec (&grad)[2]) {
+                                          Vec (&grad)[2], R reset) {
         const Vec decay = p[0], theta = p[1];
         const IntVec fired = before[0] > theta;
         const Vec now = through + g[0];
         grad[1] -= through;
-        if (R == kSubtract) grad[1] -= fired ? now : Vec{};
-        const Vec reaching = R == kZero ? (fired ? Vec{} : now) : now;
-        grad[0] += now * (R == kZero ? (fired ? Vec{} : before[0]) : before[0]);
+        if (reset == kSubtract) grad[1] -= fired ? now : Vec{};
+        const Vec reaching = reset == kZero ? (fired ? Vec{} : now) : now;
+        grad[0] += now * (reset == kZero ? (fired ? Vec{} : before[0]) : before[0]);
         g[0] = decay * reaching;
         return now;
     }
@@ -68,27 +71,27 @@ struct Synaptic {
     static constexpr ModelInfo info = {
         "synaptic", 2, 3, {"synaptic_current", "membrane"}, {"syn_decay", "beta", "threshold"}, {true, true, false}};
 
-    template <int R>
-    static G2G_INLINE void charge(Vec (&state)[2], Vec current, const Vec (&p)[3]) {
+    template <class R>
+    static G2G_INLINE void charge(Vec (&state)[2], Vec current, const Vec (&p)[3], R reset) {
         const Vec syn_decay = p[0], decay = p[1], theta = p[2];
         const IntVec fired = state[1] > theta;
         const Vec c = syn_decay * state[0] + current;
         Vec u = decay * state[1] + c;
-        if (R == kSubtract) u = u - (fired ? theta : Vec{});
-        if (R == kZero) u = fired ? Vec{} : u;
+        if (reset == kSubtract) u = u - (fired ? theta : Vec{});
+        if (reset == kZero) u = fired ? Vec{} : u;
         state[0] = c;
         state[1] = u;
     }
 
-    template <int R, class Slope>
+    template <class R, class Slope>
     static G2G_INLINE Vec charge_backward(Vec through, const Slope&, const Vec (&before)[2], const Vec (&p)[3], Vec (&g)[2],
-                                          Vec (&grad)[3]) {
+                                          Vec (&grad)[3], R reset) {
         const Vec syn_decay = p[0], decay = p[1], theta = p[2];
         const IntVec fired = before[1] > theta;
         const Vec now = through + g[1];
         grad[2] -= through;
-        if (R == kSubtract) grad[2] -= fired ? now : Vec{};
-        const Vec reaching = R == kZero ? (fired ? Vec{} : now) : now;
+        if (reset == kSubtract) grad[2] -= fired ? now : Vec{};
+        const Vec reaching = reset == kZero ? (fired ? Vec{} : now) : now;
         const Vec to_current = reaching + g[0];
         grad[0] += to_current * before[0];
         grad[1] += reaching * before[1];
@@ -110,38 +113,38 @@ struct AdLif {
     static constexpr ModelInfo info = {"adlif", 2, 5, {"adaptation", "membrane"}, {"adapt_decay", "beta", "a", "b", "threshold"},
                                        {true, true, false, false, false}};
 
-    template <int R>
-    static G2G_INLINE void charge(Vec (&state)[2], Vec current, const Vec (&p)[5]) {
+    template <class R>
+    static G2G_INLINE void charge(Vec (&state)[2], Vec current, const Vec (&p)[5], R reset) {
         const Vec adapt_decay = p[0], decay = p[1], a = p[2], b = p[3], theta = p[4];
         Vec u = state[1];
         const IntVec fired = u > theta;
         const Vec spikes = heaviside(u, theta);
-        if (R == kZero) u = fired ? Vec{} : u;
+        if (reset == kZero) u = fired ? Vec{} : u;
         const Vec w = (adapt_decay * state[0] + a * u) + b * spikes;
         u = (decay * u + current) - w;
-        if (R == kSubtract) u = u - (fired ? theta : Vec{});
+        if (reset == kSubtract) u = u - (fired ? theta : Vec{});
         state[0] = w;
         state[1] = u;
     }
 
-    template <int R, class Slope>
+    template <class R, class Slope>
     static G2G_INLINE Vec charge_backward(Vec through, const Slope& slope, const Vec (&before)[2], const Vec (&p)[5],
-                                          Vec (&g)[2], Vec (&grad)[5]) {
+                                          Vec (&g)[2], Vec (&grad)[5], R reset) {
         const Vec adapt_decay = p[0], decay = p[1], a = p[2], b = p[3], theta = p[4];
         const IntVec fired = before[1] > theta;
         const Vec now = through + g[1];
         const Vec to_adaptation = g[0] - now;
         const Vec through_before = slope(before[1]) * (b * to_adaptation);
-        const Vec decaying = R == kZero ? (fired ? Vec{} : before[1]) : before[1];
+        const Vec decaying = reset == kZero ? (fired ? Vec{} : before[1]) : before[1];
         const Vec reaching = decay * now + a * to_adaptation;
         grad[0] += to_adaptation * before[0];
         grad[1] += now * decaying;
         grad[2] += to_adaptation * decaying;
         grad[3] += to_adaptation * heaviside(before[1], theta);
         grad[4] -= through + through_before;
-        if (R == kSubtract) grad[4] -= fired ? now : Vec{};
+        if (reset == kSubtract) grad[4] -= fired ? now : Vec{};
         g[0] = adapt_decay * to_adaptation;
-        g[1] = (R == kZero ? (fired ? Vec{} : reaching) : reaching) + through_before;
+        g[1] = (reset == kZero ? (fired ? Vec{} : reaching) : reaching) + through_before;
         return now;
     }
 };
@@ -158,36 +161,37 @@ struct CubaLif {
                                        {"refractory_steps", "synaptic_current", "membrane"},
                                        {"syn_decay", "beta", "gain", "refractory", "reset_current", "threshold"},
                                        {true, true, false, false, false, false},
+                                       true,
                                        true};
 
     static G2G_INLINE Vec compared(const Vec (&before)[3], Vec, const Vec (&p)[6]) {
         return before[0] == Vec{} ? p[1] * before[2] + p[2] * before[1] : all(-__builtin_inff());
     }
 
-    template <int R>
-    static G2G_INLINE void charge(Vec (&state)[3], Vec current, const Vec (&p)[6]) {
+    template <class R>
+    static G2G_INLINE void charge(Vec (&state)[3], Vec current, const Vec (&p)[6], R reset) {
         const Vec refractory = p[3], theta = p[5];
         const IntVec ready = state[0] == Vec{}, fires = compared(state, Vec{}, p) > theta;
         Vec u = ready ? p[1] * state[2] + p[2] * state[1] : state[2];
         Vec g = ready ? p[0] * state[1] : state[1];
         g = (ready & ~fires) ? g + current : g;
         g = (fires & (p[4] > Vec{})) ? Vec{} : g;
-        if (R == kSubtract) u = fires ? u - theta : u;
-        if (R == kZero) u = fires ? Vec{} : u;
+        if (reset == kSubtract) u = fires ? u - theta : u;
+        if (reset == kZero) u = fires ? Vec{} : u;
         const Vec one = all(1.0f), waits = refractory > one ? refractory - one : Vec{};
         state[0] = fires ? waits : (state[0] > one ? state[0] - one : Vec{});
         state[1] = g;
         state[2] = u;
     }
 
-    template <int R, class Slope>
+    template <class R, class Slope>
     static G2G_INLINE Vec charge_backward(Vec through, const Slope&, const Vec (&before)[3], const Vec (&p)[6], Vec (&g)[3],
-                                          Vec (&grad)[6]) {
+                                          Vec (&grad)[6], R reset) {
         const Vec theta = p[5];
         const IntVec ready = before[0] == Vec{}, fires = compared(before, Vec{}, p) > theta;
         grad[5] -= through;
-        if (R == kSubtract) grad[5] -= fires ? g[2] : Vec{};
-        const Vec to_membrane = (R == kZero ? (fires ? Vec{} : g[2]) : g[2]) + through;
+        if (reset == kSubtract) grad[5] -= fires ? g[2] : Vec{};
+        const Vec to_membrane = (reset == kZero ? (fires ? Vec{} : g[2]) : g[2]) + through;
         const Vec to_input = (ready & ~fires) ? g[1] : Vec{};
         const Vec to_current = (fires & (p[4] > Vec{})) ? Vec{} : g[1];
         grad[0] += ready ? to_current * before[1] : Vec{};
@@ -199,6 +203,11 @@ struct CubaLif {
         return to_input;
     }
 };
+
+template <class M, class = void>
+constexpr bool infrequent = false;
+template <class M>
+constexpr bool infrequent<M, std::enable_if_t<M::infrequent>> = true;
 
 constexpr ModelInfo refractory_info(const char* name, const ModelInfo& of) {
     ModelInfo info = {name, of.states + 1, of.parameters + 1, {"refractory_steps"}, {}, {}, true};
@@ -214,6 +223,7 @@ constexpr ModelInfo refractory_info(const char* name, const ModelInfo& of) {
 // first of these steps and 1 after the last: then S_{t−1} is 0, whatever U_{t−1}, so that M sees θ = ∞ and no slope.
 template <class M>
 struct Refractory {
+    static constexpr bool infrequent = true;
     static constexpr int S = M::info.states + 1, P = M::info.parameters + 1;
     static constexpr ModelInfo info = refractory_info(M::refractory, M::info);
 
@@ -233,25 +243,31 @@ struct Refractory {
         }
     };
 
+    // As takes() in list_network.h.
+    static IntVec takes(const Vec (&before)[S], const Vec (&p)[P], int32_t reset) {
+        const Before b(before, p);
+        return ~(reset == kZero ? b.waits | b.fired : b.waits);
+    }
+
     static G2G_INLINE Vec compared(const Vec (&before)[S], Vec after, const Vec (&p)[P]) {
         return Before(before, p).waits ? all(-__builtin_inff()) : after;
     }
 
-    template <int R>
-    static G2G_INLINE void charge(Vec (&state)[S], Vec current, const Vec (&p)[P]) {
+    template <class R>
+    static G2G_OUT_OF_LINE void charge(Vec (&state)[S], const Vec& current, const Vec (&p)[P], R reset) {
         Before b(state, p);
         Vec held = state[S - 1];
-        if (R == kSubtract) held = b.fired ? held - p[P - 1] : held;
-        if (R == kZero) held = b.fired ? Vec{} : held;
-        M::template charge<R>(b.state, b.waits ? Vec{} : current, b.p);
+        if (reset == kSubtract) held = b.fired ? held - p[P - 1] : held;
+        if (reset == kZero) held = b.fired ? Vec{} : held;
+        M::charge(b.state, b.waits ? Vec{} : current, b.p, reset);
         state[0] = b.left;
         for (int s = 1; s < S; ++s) state[s] = b.state[s - 1];
         state[S - 1] = b.waits ? held : state[S - 1];
     }
 
-    template <int R, class Slope>
-    static G2G_INLINE Vec charge_backward(Vec through, const Slope& slope, const Vec (&before)[S], const Vec (&p)[P],
-                                          Vec (&g)[S], Vec (&grad)[P]) {
+    template <class R, class Slope>
+    static G2G_OUT_OF_LINE Vec charge_backward(const Vec& through, const Slope& slope, const Vec (&before)[S], const Vec (&p)[P],
+                                               Vec (&g)[S], Vec (&grad)[P], R reset) {
         const Before b(before, p);
         Vec inner[S - 1], sums[P - 1];
         for (int s = 1; s < S; ++s) inner[s - 1] = g[s];
@@ -259,12 +275,12 @@ struct Refractory {
         sums[P - 2] = grad[P - 1];
         const Vec held = b.waits ? g[S - 1] : Vec{};
         inner[S - 2] = b.waits ? Vec{} : inner[S - 2];
-        if (R == kSubtract) sums[P - 2] -= b.fired ? held : Vec{};
+        if (reset == kSubtract) sums[P - 2] -= b.fired ? held : Vec{};
         const auto known = [&](Vec u) { return b.knows ? slope(u) : Vec{}; };
-        const Vec now = M::template charge_backward<R>(b.waits ? Vec{} : through, known, b.state, b.p, inner, sums);
+        const Vec now = M::charge_backward(b.waits ? Vec{} : through, known, b.state, b.p, inner, sums, reset);
         g[0] = Vec{};
         for (int s = 1; s < S; ++s) g[s] = inner[s - 1];
-        g[S - 1] += R == kZero ? (b.fired ? Vec{} : held) : held;
+        g[S - 1] += reset == kZero ? (b.fired ? Vec{} : held) : held;
         for (int k = 0; k < P - 2; ++k) grad[k] = sums[k];
         grad[P - 1] = sums[P - 2];
         return b.waits ? Vec{} : now;
@@ -274,18 +290,18 @@ struct Refractory {
 // The membrane that is compared with the threshold in a step, from the states before it and the membrane after it.
 template <class M>
 G2G_INLINE Vec compared(const Vec (&before)[M::info.states], Vec after, const Vec (&p)[M::info.parameters]) {
-    if constexpr (M::info.at_once)
+    if constexpr (M::info.hidden)
         return M::compared(before, after, p);
     else
         return after;
 }
 
 // One step; returns the membrane that is compared.
-template <class M, int R>
-G2G_INLINE Vec step(Vec (&state)[M::info.states], Vec current, const Vec (&p)[M::info.parameters]) {
+template <class M, class R>
+G2G_INLINE Vec step(Vec (&state)[M::info.states], Vec current, const Vec (&p)[M::info.parameters], R reset) {
     Vec before[M::info.states];
     for (int s = 0; s < M::info.states; ++s) before[s] = state[s];
-    M::template charge<R>(state, current, p);
+    M::charge(state, current, p, reset);
     return compared<M>(before, state[M::info.states - 1], p);
 }
 
@@ -333,6 +349,14 @@ struct Boxcar {
     }
 };
 
+// A reset that is known when a step is compiled, made from its number like one that is not, an int32_t.
+template <int32_t Number>
+struct OneReset {
+    static constexpr int32_t value = Number;
+    OneReset(int32_t = Number) {}
+    constexpr operator int32_t() const { return Number; }
+};
+
 // All options, in the order in which Python numbers them.
 template <class... Each>
 struct Types {
@@ -341,7 +365,7 @@ struct Types {
     static constexpr const char* names[sizeof...(Each)] = {Each::name...};  // of surrogates
 };
 using Models = Types<Lif, Synaptic, AdLif, CubaLif, Refractory<Lif>, Refractory<Synaptic>, Refractory<AdLif>>;
-using Resets = Types<Constant<kSubtract>, Constant<kZero>, Constant<kNone>>;
+using Resets = Types<OneReset<kSubtract>, OneReset<kZero>, OneReset<kNone>>;
 using Surrogates = Types<Atan, FastSigmoid, Sigmoid, Triangle, Boxcar>;
 
 constexpr Options kOptions = {Models::infos, Models::count, Surrogates::names, Surrogates::count};
@@ -364,11 +388,30 @@ auto choose(Types<First, Rest...>, int32_t number, const F& call) {
     return call(First{});
 }
 
+// The α of neurons, and the number of their surrogate, which AnySurrogate chooses in each step.
+struct Steepness {
+    float alpha;
+    int32_t surrogate;
+    operator float() const { return alpha; }
+};
+inline Steepness steepness(const Neurons& neurons) { return {neurons.alpha, neurons.surrogate}; }
+
+struct AnySurrogate {
+    static G2G_OUT_OF_LINE Vec derivative(const Vec& x, Steepness alpha) {
+        return choose(Surrogates{}, alpha.surrogate, [&](auto surrogate) { return decltype(surrogate)::derivative(x, alpha); });
+    }
+};
+
 // call(model, reset), call(surrogate), and call(model, reset, surrogate).
 template <class F>
 auto with_step(const Neurons& neurons, const F& call) {
     return choose(Models{}, neurons.model, [&](auto model) {
-        return choose(Resets{}, neurons.reset, [&](auto reset) { return call(model, reset); });
+        return choose(Resets{}, neurons.reset, [&](auto reset) {
+            if constexpr (infrequent<decltype(model)>)
+                return call(model, int32_t{reset});
+            else
+                return call(model, reset);
+        });
     });
 }
 template <class F>
@@ -378,7 +421,10 @@ auto with_surrogate(const Neurons& neurons, const F& call) {
 template <class F>
 auto with_gradient(const Neurons& neurons, const F& call) {
     return with_step(neurons, [&](auto model, auto reset) {
-        return with_surrogate(neurons, [&](auto surrogate) { return call(model, reset, surrogate); });
+        if constexpr (infrequent<decltype(model)>)
+            return call(model, reset, AnySurrogate{});
+        else
+            return with_surrogate(neurons, [&](auto surrogate) { return call(model, reset, surrogate); });
     });
 }
 

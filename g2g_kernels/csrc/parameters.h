@@ -19,11 +19,12 @@ void spread(const Parameter& parameter, bool decay, float padding, int64_t count
     }
 }
 
-// The parameters of lanes that follow one another, in the order of the model; decays are clamped.
+// The parameters of lanes that follow one another, in the order of the model; decays are clamped. And the number of the reset.
 struct LaneParameters {
+    int32_t reset;
     const float* lanes[kMostParameters];
     LaneParameters from(int64_t lane) const {
-        LaneParameters result{};
+        LaneParameters result{reset, {}};
         for (int k = 0; k < kMostParameters; ++k) result.lanes[k] = lanes[k] ? lanes[k] + lane : nullptr;
         return result;
     }
@@ -33,7 +34,7 @@ struct LaneParameters {
 template <class Neuron>
 LaneParameters lane_parameters(const Neurons& neurons, int64_t count, const Neuron& neuron, Arena& arena) {
     const ModelInfo& model = model_info(neurons);
-    LaneParameters result{};
+    LaneParameters result{neurons.reset, {}};
     for (int k = 0; k < model.parameters; ++k) {
         float* const lanes = arena.take<float>(count);
         result.lanes[k] = lanes;

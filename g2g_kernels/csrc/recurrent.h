@@ -43,9 +43,10 @@ struct ForwardStep {
     int64_t stride;
 };
 
-template <class M, int R>
+template <class M, class R>
 void step_forward(const LaneParameters& parameters, int64_t first, int64_t last, const ForwardStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
+    const R reset{parameters.reset};
     Vec p[kVecs][P];
     for (int v = 0; v < kVecs; ++v)
         for (int k = 0; k < P; ++k) p[v][k] = load(parameters.lanes[k] + v * W);
@@ -54,7 +55,7 @@ void step_forward(const LaneParameters& parameters, int64_t first, int64_t last,
         each_vec([&](auto v) {
             Vec state[S];
             for (int s = 0; s < S; ++s) state[s] = load(step.before + b * step.before_stride + s * kLanes + v * W);
-            const Vec membrane = G2G_ISA::step<M, R>(state, load(step.current + b * kLanes + v * W), p[v]);
+            const Vec membrane = G2G_ISA::step<M>(state, load(step.current + b * kLanes + v * W), p[v], reset);
             word |= greater_bits(membrane, p[v][P - 1]) << (v * W);
             for (int s = 0; s < S; ++s) store(step.now + b * step.now_stride + s * kLanes + v * W, state[s]);
         });
@@ -66,7 +67,7 @@ void step_forward(const LaneParameters& parameters, int64_t first, int64_t last,
 inline void run_forward(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
                         const ForwardStep& all) {
     const auto step = with_step(layer.neurons, [](auto model, auto reset) {
-        return &step_forward<decltype(model), decltype(reset)::value>;
+        return &step_forward<decltype(model), decltype(reset)>;
     });
     each_sample(parameters, layer, first, samples, r,
                 [&](const LaneParameters& own, int64_t begin, int64_t end) { step(own, begin, end, all); });
@@ -95,9 +96,10 @@ struct BackwardStep {
     float* values;                 // out: [samples][64] those, one after the other
 };
 
-template <class M, int R, class Surrogate>
-void step_backward(const LaneParameters& parameters, float alpha, int64_t first, int64_t last, const BackwardStep& step) {
+template <class M, class R, class Surrogate>
+void step_backward(const LaneParameters& parameters, Steepness alpha, int64_t first, int64_t last, const BackwardStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
+    const R reset{parameters.reset};
     Vec sum[kVecs] = {}, grad[kVecs][P] = {};
     for (int64_t b = first; b < last; ++b) {
         const float* const tile = step.tile ? step.tile + b * step.tile_stride : nullptr;
@@ -120,7 +122,7 @@ void step_backward(const LaneParameters& parameters, float alpha, int64_t first,
             const auto slope_before = [&](Vec u) { return step.begins ? Vec{} : slope(u); };
             const Vec membrane = load(step.now + b * step.now_stride + (S - 1) * kLanes + v * W);
             const Vec through = spike_grad * slope(compared<M>(before, membrane, p));
-            const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g, grad[v]);
+            const Vec to_current = M::charge_backward(through, slope_before, before, p, g, grad[v], reset);
             sum[v] += to_current;
             for (int s = 0; s < S; ++s) store(step.states + (b * S + s) * kLanes + v * W, g[s]);
             store(row + v * W, to_current);
@@ -147,10 +149,10 @@ void step_backward(const LaneParameters& parameters, float alpha, int64_t first,
 inline void run_backward(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
                          const BackwardStep& all) {
     const auto step = with_gradient(layer.neurons, [](auto model, auto reset, auto surrogate) {
-        return &step_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
+        return &step_backward<decltype(model), decltype(reset), decltype(surrogate)>;
     });
     each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
-        step(own, layer.neurons.alpha, begin, end, all);
+        step(own, steepness(layer.neurons), begin, end, all);
     });
 }
 

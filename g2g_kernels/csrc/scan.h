@@ -31,9 +31,10 @@ struct StoredCurrent {
 
 // current(t, I) fills I[kVecs]. Small structures are passed by reference: a copy would be read in wider words than it
 // was just written in, and such a read waits until all earlier stores have left for memory.
-template <class M, int R, class Current>
+template <class M, class R, class Current>
 void scan_forward(const Current& current, int64_t steps, const LaneParameters& parameters, const BlockActivity& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
+    const R reset{parameters.reset};
     uint64_t* const words = out.words;
     float* const states = out.states;
     Vec state[kVecs][S] = {}, p[kVecs][P], spikes[kVecs] = {};
@@ -47,7 +48,7 @@ void scan_forward(const Current& current, int64_t steps, const LaneParameters& p
         current(t, input);
         uint64_t word = 0;
         each_vec([&](auto v) {
-            const Vec membrane = step<M, R>(state[v], input[v], p[v]);
+            const Vec membrane = step<M>(state[v], input[v], p[v], reset);
             spikes[v] += heaviside(membrane, p[v][P - 1]);
             word |= greater_bits(membrane, p[v][P - 1]) << (v * W);
         });
@@ -69,7 +70,7 @@ using ForwardScan = void (*)(const Current&, int64_t, const LaneParameters&, con
 template <class Current>
 ForwardScan<Current> forward_scan(const Neurons& neurons) {
     return with_step(neurons, [](auto model, auto reset) -> ForwardScan<Current> {
-        return scan_forward<decltype(model), decltype(reset)::value, Current>;
+        return scan_forward<decltype(model), decltype(reset), Current>;
     });
 }
 
@@ -102,10 +103,11 @@ struct BlockGradient {
 };
 
 // upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward scan left them.
-template <class M, int R, class Surrogate>
+template <class M, class R, class Surrogate>
 void scan_backward(const Upstream& upstream, const float* states, int64_t steps, const LaneParameters& parameters,
-                    float alpha, const BlockGradient& out) {
+                    Steepness alpha, const BlockGradient& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
+    const R reset{parameters.reset};
     float* const rows = out.rows;
     uint16_t* const halves = out.halves;
     const float* lanes[P];
@@ -134,7 +136,7 @@ void scan_backward(const Upstream& upstream, const float* states, int64_t steps,
             // without a state the spike before the first step is a constant
             const auto slope_before = [&](Vec u) { return t || first ? slope(u) : Vec{}; };
             const Vec through = spike_grad[v] * slope(compared<M>(before, load(now + (S - 1) * kLanes), p));
-            const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g[v], grad[v]);
+            const Vec to_current = M::charge_backward(through, slope_before, before, p, g[v], grad[v], reset);
             sum[v] += to_current;
             seen[v] |= reinterpret_cast<IntVec>(to_current);
             if (rows) store(rows + t * kLanes + v * W, to_current);
@@ -158,11 +160,11 @@ void scan_backward(const Upstream& upstream, const float* states, int64_t steps,
     }
 }
 
-using BackwardScan = void (*)(const Upstream&, const float*, int64_t, const LaneParameters&, float, const BlockGradient&);
+using BackwardScan = void (*)(const Upstream&, const float*, int64_t, const LaneParameters&, Steepness, const BlockGradient&);
 
 inline BackwardScan backward_scan(const Neurons& neurons) {
     return with_gradient(neurons, [](auto model, auto reset, auto surrogate) -> BackwardScan {
-        return scan_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
+        return scan_backward<decltype(model), decltype(reset), decltype(surrogate)>;
     });
 }
 

@@ -334,7 +334,7 @@ inline void store_states(const Stack& s, const Layer& layer, const float* block,
 // show spikes.
 inline uint64_t first_word(const Stack& s, const Layer& layer, const LayerParameters& parameters, int64_t b, int64_t r) {
     const ModelInfo& model = model_info(layer.neurons);
-    if (!layer.state || model.at_once) return 0;
+    if (!layer.state || model.hidden) return 0;
     alignas(64) float states[kMostStates * kLanes];
     load_states(s, layer, layer.state, b, r, states);
     const SampleParameters own(parameters, layer, b, r);

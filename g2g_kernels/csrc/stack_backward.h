@@ -229,7 +229,7 @@ struct BackwardLayer : LayerBackward {
             event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
         lists_events = event_limit > 0;
         const Layer* const lower = l > 0 && !layer.delays && !s.layers[l - 1].recurrent ? &s.layers[l - 1] : nullptr;
-        if (lower && !model_info(lower->neurons).at_once && same_order(lower->plan->rows, plan.cols)) needed.emplace(plan, arena);
+        if (lower && !model_info(lower->neurons).hidden && same_order(lower->plan->rows, plan.cols)) needed.emplace(plan, arena);
         if (below) input_gradient.emplace(plan, layer.values, s.bf16, lists_events, arena);
         if (layer.recurrent) {
             recurrent.emplace(s, layer, slices.samples, !held, arena);
@@ -611,7 +611,7 @@ struct BackwardPass {
         float* const grads = v.states + (r * v.samples + b) * x.model.states * kLanes;
         const int64_t membrane = (x.model.states - 1) * kLanes;
         const SampleParameters own(x.parameters, x.layer, first + b, r);
-        if (!x.layer.sent && !x.model.at_once)
+        if (!x.layer.sent && !x.model.hidden)
             spikes_backward(x.layer.neurons, x.threshold(own.block), begin + membrane, v.x.at(r, b), grads + membrane,
                             x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
         if (x.layer.grad_state) store_states(s, x.layer, grads, first + b, r, x.layer.grad_state);
@@ -662,7 +662,7 @@ struct BackwardPass {
         if (!held) out.rows = x.grad.floats.at(r, b * T);
         if (!held && x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
         if (!held && x.lists_events) out.events = event_lists.of(r, b);
-        x.scan({arrived, x.constant_of(sample, r)}, states, T, own.block, x.layer.neurons.alpha, out);
+        x.scan({arrived, x.constant_of(sample, r)}, states, T, own.block, steepness(x.layer.neurons), out);
         for (int v = 0; held && v < kVecs; ++v) {
             const Vec g = load(out.current + v * W);
             store(x.grad.floats.at(r, sample) + v * W, g);

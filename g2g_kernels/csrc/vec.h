@@ -53,6 +53,7 @@ struct Constant {
 };
 
 #define G2G_INLINE inline __attribute__((always_inline))
+#define G2G_OUT_OF_LINE inline __attribute__((noinline))
 
 template <int... I, class F>
 G2G_INLINE void unrolled(std::integer_sequence<int, I...>, const F& f) {

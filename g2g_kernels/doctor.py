@@ -120,7 +120,7 @@ def checks() -> Iterator[Check]:
         yield Check("recurrent", case, {"joined": joined, **held}, functools.partial(_stack, [mask], own, True))
     for model in MODELS.values():
         for number, (reset, surrogate) in enumerate(zip(itertools.cycle(RESETS), SURROGATES, strict=False)):
-            own_draw = torch.Generator().manual_seed(number) if model.fixed else draw
+            own_draw = torch.Generator().manual_seed(number + 15) if model.fixed else draw
             sizes = (SIZE, 1) if number % 2 else (1, SIZE)
             unit = 0.5 if model.fixed else 0.25 / len(model.states)
             current = multiples(unit, -4, 10, STEPS, BATCH, SIZE, generator=own_draw)
@@ -133,6 +133,8 @@ def checks() -> Iterator[Check]:
     yield from _default_step(draw, multiples)
 
 
+#: parameters without a gradient
+FIXED = {"refractory": 2.0, "reset_current": 0.0}
 #: the sizes of the default network, for which its kernels are compiled
 DEFAULT_SIZES = (784, 2048, 2048, 10)
 
@@ -167,7 +169,8 @@ def _linear(masks: Sequence[BlockMask], leaves: Tensors, backend: str) -> Tensor
 
 
 def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: str) -> Tensors:
-    current, parameters = leaves["current"], tuple(leaves.get(name, 0.0) for name in MODELS[model].parameters)
+    current, own = leaves["current"], {**FIXED, **leaves}
+    parameters = tuple([own[name] for name in MODELS[model].parameters])
     if torch.is_autocast_enabled(current.device.type):
         current = current.to(torch.get_autocast_dtype(current.device.type))
     return {"spikes": neurons(current, Neurons(model, parameters, reset, surrogate), backend=backend)}

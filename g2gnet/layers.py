@@ -71,12 +71,13 @@ class SparseLayer(PackedWeights):
     observer: StepObserver | None
     bias: Any
 
-    def _make_parameters(self, bias: bool, generator: torch.Generator | None) -> None:
-        """The rest of the constructor."""
+    def _make_parameters(self, bias: bool, generator: torch.Generator | None, draw: bool = True) -> None:
+        """The rest of the constructor. Without ``draw`` the values stay, and those of the bias are for the caller."""
         device = self.mask.unit_row.device
         self.observer = None
         self.bias = nn.Parameter(torch.empty(self.mask.shape[0], device=device)) if check_flag("bias", bias) else None
-        self.reset_parameters(generator)
+        if draw:
+            self.reset_parameters(generator)
         if default_device().type != "cpu":  # where masks are created all the same
             self.to(default_device())
 
@@ -231,21 +232,46 @@ class G2GLinear(SparseLayer):
     @classmethod
     def _from_entries(cls, matrix: Any, grid: BlockMask, bias: Any = None, backend: str | None = None) -> "G2GLinear":
         """:meth:`from_scipy` of real numbers, in units of the ``grid``, a mask of their shape."""
-        stored = matrix.tocoo().astype(np.float64)  # whose sums do not overflow
-        stored.sum_duplicates()
-        if not (np.abs(stored.data) <= FLOAT32[1]).all():
-            raise ValueError("matrix has weights that are not finite, or that a float32 does not hold")
-        row, col = (torch.as_tensor(each, dtype=torch.int64) for each in (stored.row, stored.col))
+        matrix = matrix.tocoo()
+        return cls._from_edges(matrix.row, matrix.col, matrix.data, grid, bias, backend)
+
+    @classmethod
+    def _from_edges(
+        cls, post: Any, pre: Any, weight: Any, grid: BlockMask, bias: Any = None, backend: str | None = None
+    ) -> "G2GLinear":
+        """The same of columns: neurons of the ``grid`` and real weights, those of a pair added in their order."""
         (height, width), units_in_row = grid.unit_shape, grid.grid[1]
-        row, col = grid.rows.place_of[row], grid.cols.place_of[col]  # unit after unit
-        units, slot = (row // height * units_in_row + col // width).unique(return_inverse=True)
-        mask = grid.with_units(units // units_in_row, units % units_in_row)
-        layer = cls(mask, bias is not None, backend, torch.Generator())
-        with torch.no_grad():
-            layer.values.zero_()
-            layer.values[slot, row % height, col % width] = torch.as_tensor(stored.data, dtype=torch.float32)
-            if layer.bias is not None:
-                layer.bias.copy_(bias)
+        size = height * width
+        row, col = (torch.from_numpy(np.require(each, np.int64, ("C", "W"))) for each in (post, pre))
+        row, col = grid.rows.place_of[row], grid.cols.place_of[col]
+        # the places of all weights that the grid has room for, unit after unit
+        place = row * units_in_row + col
+        if size > 1:
+            place = (row // height * units_in_row + col // width) * size + row % height * width + col % width
+        place, order = place.sort(stable=True)
+        # doubles, whose sums do not overflow
+        numbers = torch.from_numpy(np.require(weight, np.float64, ("C", "W")))[order].numpy()
+        first = torch.ones_like(place, dtype=torch.bool)
+        torch.ne(place[1:], place[:-1], out=first[1:])
+        if not first.all():
+            place, numbers = place[first], np.add.reduceat(numbers, first.nonzero().flatten().numpy())
+        if not (np.abs(numbers) <= FLOAT32[1]).all():
+            raise ValueError("matrix has weights that are not finite, or that a float32 does not hold")
+        units: torch.Tensor = place
+        at: Any = slice(None)
+        if size > 1:
+            units, slot = (place // size).unique_consecutive(return_inverse=True)
+            at = slot * size + place % size
+        unit_row = units // units_in_row
+        mask = grid.with_units(unit_row, units - unit_row * units_in_row)
+        values = torch.zeros(mask.num_units, height, width)
+        values.view(-1)[at] = torch.from_numpy(numbers).float()
+        layer = cls.__new__(cls)
+        SparseLayer.__init__(layer, mask, nn.Parameter(values))
+        layer.backend = backend
+        layer._make_parameters(bias is not None, None, draw=False)
+        if bias is not None:
+            layer.bias.data.copy_(bias)
         return layer
 
     def to_linear(self) -> nn.Linear:

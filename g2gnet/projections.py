@@ -119,8 +119,6 @@ class Projection:
             >>> [(each.delay, each.connection.values.flatten().tolist()) for each in edges]
             [(1, [-1.0]), (3, [0.5, 2.0])]
         """
-        from scipy import sparse  # which is slow to import
-
         name = f"{source} → {target}"
         if not isinstance(sizes, tuple | list) or len(sizes) != 2:
             raise ValueError(f"the edges {name} need sizes=(neurons of {source}, neurons of {target})")
@@ -129,7 +127,7 @@ class Projection:
         columns = {column: _column(values, column, f"the edges {name}") for column, values in given.items()}
         for column in ("weight", "delay"):
             if not columns[column].ndim:
-                columns[column] = np.full(columns["pre"].shape, columns[column])
+                columns[column] = np.broadcast_to(columns[column], columns["pre"].shape)
         for column, values in columns.items():
             kinds = "fiu" if column == "weight" or not values.size else "iu"
             if values.shape != (columns["pre"].size,) or values.dtype.kind not in kinds:
@@ -152,18 +150,21 @@ class Projection:
             ("delay", 0, DELAY.high, f"delays are from 0 to {DELAY.high} steps"),
         ):
             values = weights if column == "weight" else columns[column]
-            outside = np.flatnonzero(~((values >= least) & (values <= most)))
-            if len(outside):
+            if values.size and not (values.min() >= least and values.max() <= most):
+                outside = np.flatnonzero(~((values >= least) & (values <= most)))
                 raise ValueError(f"{column}[{outside[0]}] of the edges {name} is {values[outside[0]]}; {remedy}")
-        by_delay = np.argsort(columns["delay"], kind="stable")
-        delays, starts = np.unique(columns["delay"][by_delay], return_index=True)
+        delays = columns["delay"][:1]
+        of_each: list[Any] = [slice(None)]
+        if delays.size and columns["delay"].min() < columns["delay"].max():
+            by_delay = np.argsort(columns["delay"], kind="stable")
+            delays, starts = np.unique(columns["delay"][by_delay], return_index=True)
+            of_each = np.split(by_delay, starts)[1:]
         none = torch.zeros(0, dtype=torch.int64)
         grid = BlockMask(GroupLayout(sizes[1], 1), GroupLayout(sizes[0], 1), none, none, block_size=1)
         made = []
-        for each, chosen in zip(delays.tolist(), np.split(by_delay, starts)[1:], strict=True):
-            places = columns["post"][chosen].astype(np.int64), columns["pre"][chosen].astype(np.int64)
-            matrix = sparse.coo_matrix((weights[chosen], places), shape=(sizes[1], sizes[0]))
-            made.append(cls(source, target, G2GLinear._from_entries(matrix, grid), delay=each, onto=onto))
+        for each, chosen in zip(delays.tolist(), of_each[: len(delays)], strict=True):
+            post_of, pre_of, own = (column[chosen] for column in (columns["post"], columns["pre"], weights))
+            made.append(cls(source, target, G2GLinear._from_edges(post_of, pre_of, own, grid), delay=each, onto=onto))
         return made
 
     @property

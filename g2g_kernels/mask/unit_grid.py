@@ -96,15 +96,19 @@ class UnitGrid(Indices):
 
     def _build_index(self) -> None:
         """Sorts the slots by (row, column) and by (column, row), into the existing buffers."""
-        row, col = self.unit_row.long(), self.unit_col.long()
-        for major, minor, num_minor, ptr, slot in (
-            (row, col, self.cols.num_units, self.row_ptr, self.row_slot),
-            (col, row, self.rows.num_units, self.col_ptr, self.col_slot),
+        key = self.flat_unit()
+        if (key[1:] > key[:-1]).all():  # a new mask's, mostly
+            by_row = torch.arange(len(key), device=key.device)
+        else:
+            by_row = torch.argsort(key.int() if self.grid[0] * self.grid[1] <= INT32[1] else key, stable=True)
+        # a stable order by column of what is in the order of rows
+        by_col = by_row[torch.argsort(self.unit_col[by_row], stable=True)]
+        for major, ptr, slot, order in (
+            (self.unit_row, self.row_ptr, self.row_slot, by_row),
+            (self.unit_col, self.col_ptr, self.col_slot, by_col),
         ):
-            key = major * num_minor + minor
-            order = torch.argsort(key.int() if self.grid[0] * self.grid[1] <= INT32[1] else key, stable=True)
             slot.copy_(order)
-            ptr.copy_(torch.searchsorted(major[order], torch.arange(len(ptr), device=major.device)))
+            ptr.copy_(torch.searchsorted(major[order], torch.arange(len(ptr), device=key.device, dtype=torch.int32)))
 
     @property
     def num_units(self) -> int:

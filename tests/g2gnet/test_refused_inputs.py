@@ -132,7 +132,7 @@ WRONG_TYPES = [
     (lambda: BlockMask.from_dense(MATRIX), r"mask is a coo_matrix, not a tensor; .* G2GLinear\.from_scipy"),
     (lambda: G2GLinear.from_linear(nn.Linear(4, 4), np.ones((4, 4))), "mask is a ndarray, not a tensor; give torch"),
     (lambda: LIF(tau=20.0), "needs dt"),
-    (lambda: LIF(dt=1.0), "dt=1.0 is the step of tau, tau_syn, tau_adapt; give one of these, or no dt"),
+    (lambda: LIF(dt=1.0), "dt=1.0 is the step of tau, tau_syn, tau_adapt, refractory; give one of these, or no dt"),
     (lambda: LIF(tau=20.0, dt=1.0, beta=0.9), "the same parameter"),
     (lambda: SpikingStack([(nn.Conv2d(1, 8, 3), LIF())]), "fc1 is a Conv2d; a network joins G2GLinear layers"),
     (lambda: SpikingStack(layer()), "layers is a G2GLinear; give a list of"),

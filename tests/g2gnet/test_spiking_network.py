@@ -754,6 +754,10 @@ def test_edges_become_projections_one_for_each_delay():
         assert np.allclose(each.connection.weight.detach().numpy(), dense, atol=1e-6)
     (same,) = Projection.from_edges("a", "b", torch.tensor(pre), post.tolist(), weight, 4, sizes=(30, 20))
     assert same.delay == 4
+    pre.setflags(write=False)  # as pandas has them
+    backwards = (each[::-1] for each in (pre, post.astype(np.uint16), weight))
+    (of_views,) = Projection.from_edges("a", "b", *backwards, sizes=(30, 20))
+    assert torch.allclose(of_views.connection.weight, same.connection.weight)
     (one,) = Projection.from_edges("a", "b", [2, 2], [1, 0], 0.5, sizes=(3, 2))
     assert one.connection.weight[:, 2].tolist() == [0.5, 0.5]
     assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []

@@ -11,7 +11,7 @@ import torch
 
 from g2gnet import CubaLIF, Projection, SpikingNetwork
 
-DT, RATE, WEIGHT, PART = 0.1, 150.0, 0.275, 100  # ms; Hz; mV a synapse, rest is 0; steps in memory at a time
+DT, RATE, WEIGHT, PART = 0.1, 150.0, 0.275, 1000  # ms; Hz; mV a synapse, rest is 0; steps of one call
 COLUMNS = ["Presynaptic_Index", "Postsynaptic_Index", "Excitatory x Connectivity"]
 
 
@@ -34,7 +34,7 @@ def spikes_of(net: SpikingNetwork, steps: int, trials: int, silent: list[int]) -
         x = (torch.rand(min(PART, steps - first), trials, net.sizes[-1]) < RATE * DT / 1000).float()
         activity = net.simulate(x, state, silenced={"brain": silent})
         state = activity.state
-        spikes.append(activity.spikes["brain"].dense().nonzero() + torch.tensor([first, 0, 0]))
+        spikes.append(activity.spikes["brain"].events() + torch.tensor([first, 0, 0]))
     step, trial, neuron = torch.cat(spikes).T.numpy()
     return pandas.DataFrame({"t": step * DT / 1000, "trial": trial, "neuron": neuron})
 

@@ -61,7 +61,7 @@ def test_trials_of_the_fly_have_the_spikes_of_a_float64_loop(tmp_path, monkeypat
     found = pandas.read_parquet("spikes.parquet")
 
     torch.manual_seed(0)
-    x = np.concatenate([(torch.rand(100, 2, 4) < 0.015).numpy() for _ in range(steps // 100)])
+    x = (torch.rand(steps, 2, 4) < 0.015).numpy()
     v, g, until = np.zeros((2, count)), np.zeros((2, count)), np.zeros((2, count))
     weights, sent = np.zeros((count, count)), np.zeros((steps, 2, count))
     np.add.at(weights, (post, pre), 0.275 * synapses * sign)

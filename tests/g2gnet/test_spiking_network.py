@@ -17,6 +17,7 @@ from torch.func import vmap
 from torch.utils import _pytree
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
+from g2g_kernels.ops.g2g_stack import ways
 from g2gnet import (
     LIF,
     AdLIF,
@@ -791,3 +792,36 @@ def test_edges_become_projections_one_for_each_delay():
 def test_edges_that_are_none_are_refused(columns, why):
     with pytest.raises(ValueError, match=why):
         Projection.from_edges("a", "b", **{"sizes": (30, 20), **dict(zip(COLUMNS, columns, strict=False))})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dense", [1 << 24, 3 * B * D, 1])
+def test_sparse_inputs_give_what_dense_ones_give(monkeypatch, backend, dense):
+    monkeypatch.setattr(ways, "DENSE", dense)
+    net, x = network("self-loops", backend), (torch.rand(T, B, D, generator=seeded(3)) < 0.3).float()
+    whole = net.simulate(x)
+    (wanted,) = torch.autograd.grad(whole.output.sum(), net.input_to_a.values)
+    for given, options in ((x.to_sparse(), {}), (x.transpose(0, 1).to_sparse(), {"batch_first": True})):
+        activity = net.simulate(given, **options)
+        assert torch.equal(activity.output, whole.output)
+        for name in net.populations:
+            assert torch.equal(activity.spikes[name].events(), whole.spikes[name].events())
+        (found,) = torch.autograd.grad(activity.output.sum(), net.input_to_a.values)
+        torch.testing.assert_close(found, wanted)
+    halves = [net.simulate(x[:4].to_sparse())]
+    halves.append(net.simulate(x[4:].to_sparse(), halves[0].state))
+    assert torch.equal(halves[0].output + halves[1].output, whole.output)
+    assert net.explain(x.to_sparse()).way.name == net.explain(x).way.name
+
+
+def test_sparse_inputs_that_cannot_be_run_are_refused_by_name(monkeypatch):
+    net, x = network("chain"), torch.ones(T, B, D).to_sparse()
+    for given, options, why in (
+        (x.to_dense()[0].to_sparse(), {}, r"sparse inputs have shape \[3, 10\]; give \[T, B, in\]"),
+        (x.to_dense().to_sparse(2), {}, "each entry with three indices"),
+        (x.clone().requires_grad_(), {}, "sparse inputs have no gradient; give inputs.to_dense()"),
+        (x, {"membranes": True}, r"sparse inputs \[11, 3, 10\] are run 1 steps at a time, which keeps no membranes"),
+    ):
+        monkeypatch.setattr(ways, "DENSE", 1)
+        with pytest.raises(ValueError, match=why):
+            net.simulate(given, **options)

@@ -250,8 +250,8 @@ class Activity(NamedTuple):
         """
         if self.synapses is None:
             raise RuntimeError(
-                "this run does not keep what its synaptic operations are counted from: it was compiled or traced, or a "
-                "connection is no G2GLinear; run it uncompiled"
+                "this run does not keep what its synaptic operations are counted from: it was compiled or traced, a "
+                "connection is no G2GLinear, or sparse inputs were run in parts; run it uncompiled, with dense inputs"
             )
         found = self.synapses.operations(self.rates)
         return PerPopulation(found, self.rates.keys()) if isinstance(self.rates, PerPopulation) else found

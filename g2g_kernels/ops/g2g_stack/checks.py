@@ -75,6 +75,19 @@ def check_ends(populations: Sequence[Population], inputs: int | None) -> None:
             _check_ends(number, connection, sizes)
 
 
+def checked_sparse(call: Call) -> torch.Tensor:
+    """The sparse inputs of a call, coalesced; raises ValueError unless they are [T, B, in] of numbers without gradient,
+    for kernels."""
+    x = call.x
+    if x.dim() != 3 or x.dense_dim() or call.steps is not None or not len(x):
+        raise ValueError(f"sparse inputs have shape {list(x.shape)}; give [T, B, in], each entry with three indices")
+    if x.requires_grad:
+        raise ValueError("sparse inputs have no gradient; give inputs.to_dense(), or inputs.detach()")
+    if call.modules is not None:
+        raise ValueError(f"sparse inputs run on kernels only, and modules are called ({call.modules.why})")
+    return x.coalesce()
+
+
 def check_chunk(chunk: int, call: Call) -> None:
     """Raises ValueError unless a call can run so many steps at a time."""
     COUNT.check("chunk", chunk)

@@ -16,12 +16,37 @@ from g2g_kernels.tracing import replaced
 class ChunkedSpikes(Spikes):
     """Spikes of one population, chunk after chunk (``chunks``)."""
 
-    def __init__(self, chunks: Sequence[Spikes]) -> None:
-        self.chunks = chunks
+    def __init__(self, chunks: Sequence[Spikes], chunk: int) -> None:
+        self.chunks, self._chunk = chunks, chunk
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
         return torch.cat([chunk.dense() for chunk in self.chunks])
+
+    def events(self) -> torch.Tensor:
+        """int64 [spikes, 3], as :meth:`Spikes.events`."""
+        parts = [chunk.events() for chunk in self.chunks]
+        return torch.cat([part + part.new_tensor([n * self._chunk, 0, 0]) for n, part in enumerate(parts)])
+
+
+class SparseSteps:
+    """Inputs [T, B, in] of which most are 0, as coalesced sparse COO tensor: a slice of steps is made dense."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.shape = x.shape
+        self._indices, self._numbers = x.indices(), x.values()
+        self._first = torch.searchsorted(self._indices[0].contiguous(), torch.arange(len(x) + 1, device=x.device))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, steps: slice) -> torch.Tensor:
+        first, last, _ = steps.indices(len(self))
+        dense = self._numbers.new_zeros(last - first, *self.shape[1:])
+        own = slice(int(self._first[first]), int(self._first[last]))
+        step, *place = self._indices[:, own]
+        dense[(step - first, *place)] = self._numbers[own]
+        return dense
 
 
 def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call) -> Activity:
@@ -43,6 +68,7 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call) -> Activi
             ]
         )
         done.append((size, activity))
+    spikes = zip(*(activity.spikes for _, activity in done))  # noqa: B905
     shares = [size / total_steps(call) for size, _ in done]
     activities = [activity for _, activity in done]
     return Activity(
@@ -51,7 +77,7 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call) -> Activi
             torch.stack([share * rates for share, rates in zip(shares, of_population)]).sum(0)  # noqa: B905
             for of_population in zip(*(activity.rates for activity in activities))  # noqa: B905
         ),
-        spikes=tuple(ChunkedSpikes(of_population) for of_population in zip(*(each.spikes for each in activities))),  # noqa: B905
+        spikes=tuple([ChunkedSpikes(of_population, chunk) for of_population in spikes]),
         states=activities[-1].states,
         sent=activities[-1].sent,
     )

@@ -19,8 +19,8 @@ from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import operator as linear_operator
 from g2g_kernels.ops.g2g_stack import cpu, events, graph, recurrent_lists, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Synapses
-from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked
-from g2g_kernels.ops.g2g_stack.chunks import in_chunks
+from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked, checked_sparse
+from g2g_kernels.ops.g2g_stack.chunks import SparseSteps, in_chunks
 from g2g_kernels.ops.g2g_stack.delays import Train, arrived
 from g2g_kernels.ops.g2g_stack.population import Call, reaches, size_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import in_turn
@@ -93,6 +93,8 @@ def choose(call: Call, chunk: int | None = None) -> Choice:
     """Which way runs a call, ``chunk`` steps at a time, and why none before it."""
     if chunk is not None:
         check_chunk(chunk, call)
+    if _is_sparse(call.x):
+        call = replaced(call, x=SparseSteps(checked_sparse(call))[:1])
     plain = is_transformed(opened(call)[0])
     now = normalised(checked(replaced(call, plain=plain, carried=chunk is not None)))
     return WAYS.choose(now, backend=call.backend)
@@ -100,6 +102,8 @@ def choose(call: Call, chunk: int | None = None) -> Choice:
 
 def run(call: Call, chunk: int | None = None) -> Activity:
     """The activity of a call by the first way that does not refuse it, ``chunk`` steps at a time (None: all)."""
+    if _is_sparse(call.x):
+        return _run_sparse(call, chunk)
     tensors, form = opened(call)
     if is_transformed(tensors):
         call = replaced(call, plain=True)
@@ -125,6 +129,30 @@ def run(call: Call, chunk: int | None = None) -> Activity:
                 _chosen.clear()
             _chosen[key] = way
     return _finished(call, now, way.run(now))
+
+
+#: numbers of a sparse input that are made dense at a time
+DENSE = 1 << 24
+
+
+def _is_sparse(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.layout == torch.sparse_coo
+
+
+def _run_sparse(call: Call, chunk: int | None) -> Activity:
+    """A run of sparse inputs: they are made dense, as many steps at a time as :data:`DENSE` allows."""
+    x = checked_sparse(call)
+    most = max(1, DENSE // max(1, x[0].numel()))
+    if len(x) <= most:
+        return run(replaced(call, x=x.to_dense()), chunk)
+    if call.spikes or any([population.membranes for population in call.populations]):
+        raise ValueError(
+            f"sparse inputs {list(x.shape)} are run {chunk or most} steps at a time, which keeps no membranes and no "
+            "gradient of spikes over time; give fewer steps, or inputs.to_dense()"
+        )
+    check_chunk(chunk or most, call)
+    rows: Any = SparseSteps(x)
+    return in_chunks(run, chunk or most, replaced(call, x=rows))
 
 
 #: which way runs calls of a signature, once one of them has been checked

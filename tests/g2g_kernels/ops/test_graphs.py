@@ -38,7 +38,7 @@ GRAPHS = {
 class Case:
     """The tensors of a graph, and its layers of them."""
 
-    def __init__(self, name, kinds, block_size: int, model: str, dropped: bool, started: bool, samples=5, width=1) -> None:
+    def __init__(self, name, kinds, block_size, model: str, dropped: bool, started: bool, samples=5, width=1) -> None:
         draw, self.leaves = seeded(3), {}
         self.connections, self.is_chain = GRAPHS[name], "chain" in name
         self.model, self.dropped, self.started = model, dropped, started

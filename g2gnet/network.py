@@ -71,6 +71,7 @@ class G2GNet(SpikingNetwork):
         delay: N: what each neuron sends arrives later by a whole number of steps, drawn once for each projection and
             each neuron of its source from 0 to N, from 1 for ``rec`` and ``fb`` (:meth:`delays`).
         learn_delay: whether these are parameters, which stay from 0 to N (:class:`Projection`).
+        delay_width: how many steps on either side of a spike their gradients see (:class:`Projection`).
         p_rec_inter: the probability of a recurrent unit between groups; None: ``p_inter``.
         rec_gain: factor on the initial recurrent (and feedback) weights, above 0.
         neuron: model of all neurons: ``"lif"`` (:class:`LIF`), ``"synaptic"`` (:class:`Synaptic`), ``"adlif"``
@@ -135,6 +136,7 @@ class G2GNet(SpikingNetwork):
         feedback: bool = NetworkSettings.feedback,
         delay: int = NetworkSettings.delay,
         learn_delay: bool = NetworkSettings.learn_delay,
+        delay_width: int = NetworkSettings.delay_width,
         input_taps: int = NetworkSettings.input_taps,
         p_rec_inter: float | None = NetworkSettings.p_rec_inter,
         rec_gain: float = NetworkSettings.rec_gain,
@@ -362,5 +364,6 @@ def _projections(
             least = int(source >= target)
             delay = torch.randint(least, settings.delay + 1, (connection.in_features,), generator=generator)
             learned = {"learn_delay": settings.learn_delay, "max_delay": settings.delay}
+            learned |= {"delay_width": settings.delay_width if settings.learn_delay else 1}
         projections[name] = Projection(names[source], names[target], connection, delay, **learned)
     return populations, projections

@@ -249,6 +249,7 @@ class NetworkSettings(Settings):
         "p_rec_inter": (RECURRENT, SPARSE_MODEL, Need("density", ("uniform",))),
         "rec_gain": (RECURRENT,),
         "learn_delay": (Need("delay", (True,)),),
+        "delay_width": (Need("learn_delay", (True,)),),
         "input_taps": (Need("sequence", tuple(name for name in SEQUENCES if name != "none")),),
     }
     WARNED: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
@@ -303,6 +304,9 @@ class NetworkSettings(Settings):
         0, "spikes and inputs arrive up to N steps later; a delay is drawn for each neuron", low=0, high=MOST_DELAY
     )
     learn_delay: bool = _model(False, "learn these delays, each from 0 to `delay`")
+    delay_width: int = _model(
+        1, "steps on either side of a spike that gradients of learned delays see", low=1, high=MOST_DELAY
+    )
     input_taps: int = _model(
         1, "delayed copies of the inputs, spread evenly over the sequence, each with its own weights", low=1
     )

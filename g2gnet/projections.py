@@ -12,7 +12,7 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import FLOAT32, SIZE, Number
 from g2g_kernels.ops.g2g_stack import Delay
-from g2g_kernels.ops.g2g_stack.delays import late_of
+from g2g_kernels.ops.g2g_stack.delays import WIDTH, late_of
 from g2g_kernels.ops.g2g_stack.schedule import CycleError, components_of
 from g2g_kernels.tracing import default_device, is_traced
 from g2gnet import graphs
@@ -41,9 +41,12 @@ class Projection:
             ``CubaLIF``) and else their membrane; or ``"membrane"``.
         max_delay: the largest delay that can be learned, or loaded; None: the largest in ``delay``. A state does not
             hold it: learned delays act by the ``max_delay`` of the network that they are loaded into.
+        delay_width: σ, how many steps on either side of a spike the gradient of learned delays sees, 1 or more. It may
+            be changed while training goes on (:attr:`SpikingNetwork.delay_width`).
 
     Raises:
-        ValueError: for delays out of range, or of another number of neurons; if delays are learned without max_delay.
+        ValueError: for delays out of range, or of another number of neurons; if delays are learned without max_delay;
+            for a width of delays that are not learned.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
@@ -59,6 +62,7 @@ class Projection:
     learn_delay: bool = False
     max_delay: int | None = None
     onto: str = "current"
+    delay_width: int = 1
 
     def __post_init__(self) -> None:
         name = f"{self.source} → {self.target}"
@@ -68,6 +72,11 @@ class Projection:
             DELAY.check("max_delay", self.max_delay)
         elif self.learn_delay:
             raise ValueError(f"the delays of {name} are learned: give max_delay, the largest that they may become")
+        if WIDTH.check(f"delay_width of {name}", self.delay_width) > 1 and not self.learn_delay:
+            raise ValueError(
+                f"delay_width={self.delay_width} of {name} is of gradients of learned delays; give learn_delay=True, "
+                "or leave it out"
+            )
         delays, neurons = _column(self.delay, "delay", name), getattr(self.connection, "in_features", None)
         if delays.dtype.kind not in ("iuf" if self.learn_delay else "iu"):
             raise ValueError(
@@ -193,6 +202,7 @@ class NumberedProjection(NamedTuple):
         least, most: the bounds of its delays; both 0: none.
         per_neuron: whether ``{name}_delay`` has a delay for each neuron of the source, and not one for all.
         onto: ``"membrane"`` where it adds to that in place of a synaptic current; None: to the current.
+        width: how many steps on either side the gradient of its delays sees; 0: they are not learned.
     """
 
     name: str
@@ -202,6 +212,7 @@ class NumberedProjection(NamedTuple):
     most: int
     per_neuron: bool
     onto: str | None = None
+    width: int = 0
 
 
 class PopulationGraph(WholeBuffers):
@@ -262,11 +273,12 @@ class PopulationGraph(WholeBuffers):
             self.register_whole(f"{name}_delay", given, newer=not per_neuron)
         least = 0 if projection.learn_delay else int(delays.min())
         source, target = place[projection.source], place[projection.target]
-        return NumberedProjection(name, source, target, least, projection.most, per_neuron)
+        width = projection.delay_width if projection.learn_delay else 0
+        return NumberedProjection(name, source, target, least, projection.most, per_neuron, width=width)
 
     def _set_projections(self, numbered: list[NumberedProjection]) -> None:
         self._cyclic = on_cycles(numbered, self.depth)
-        learned = {each.name for each in numbered if f"{each.name}_delay" not in self._whole}
+        learned = {each.name for each in numbered if each.width}
         self._projections = checked_projections(numbered, self._cyclic & learned, self._models())
         self._to = [[each for each in self._projections if each.target == number] for number in range(self.depth)]
 
@@ -330,7 +342,22 @@ class PopulationGraph(WholeBuffers):
         learned: torch.Tensor = getattr(self, name)
         steps = learned.detach().clamp(own.least, own.most).round().long()
         # what is not a number has some delay
-        return Delay(own.least, own.most, steps.clamp(own.least, own.most), learned)
+        return Delay(own.least, own.most, steps.clamp(own.least, own.most), learned, own.width)
+
+    @property
+    def delay_width(self) -> int:
+        """How many steps on either side of a spike gradients of learned delays see (σ); 0 if no delays are learned.
+
+        If projections differ, the largest. What is set holds for all that are learned. A state has as many steps more
+        than the largest delay of what was sent, so one of another width is refused."""
+        return max(each.width for each in self._projections)
+
+    @delay_width.setter
+    def delay_width(self, value: int) -> None:
+        width = WIDTH.check("delay_width", value)
+        if not self.delay_width:
+            raise ValueError(f"delay_width={width} would change nothing: no delays of this network are learned")
+        self._set_projections([each._replace(width=width if each.width else 0) for each in self._projections])
 
     def checked(self) -> Collection[str]:
         return {*super().checked(), *[f"{each.name}_delay" for each in self._projections]}

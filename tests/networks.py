@@ -147,11 +147,11 @@ class Reference:
                 continue
             source = spikes[names[each.source]].detach() if each.source >= 0 else x.detach()
             at = lambda t, j: source[t, :, j] if 0 <= t < len(source) else torch.zeros(x.shape[1], dtype=x.dtype)  # noqa: B023, E731
-            grad = torch.zeros(source.shape[-1], dtype=x.dtype)
+            grad, width = torch.zeros(source.shape[-1], dtype=x.dtype), each.width
             for j, d in enumerate(self.net.delays(each.name).tolist()):
                 for t in range(len(source)):
                     g = grads.get((each.name, t))
-                    if g is not None:
-                        grad[j] -= 0.5 * (g[:, j] * (at(t - d + 1, j) - at(t - d - 1, j))).sum()
-            result[f"{each.name}_delay"] = grad
+                    for k in range(1, width + 1) if g is not None else ():
+                        grad[j] -= (g[:, j] * (at(t - d + k, j) - at(t - d - k, j))).sum()
+            result[f"{each.name}_delay"] = grad / (width * (width + 1))
         return result

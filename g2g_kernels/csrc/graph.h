@@ -323,6 +323,7 @@ struct GraphSlice {
     Panel<float> inputs;  // ∂L/∂S̃ of a connection at these steps
     Bands bands{nullptr, 0};
     std::optional<EventsByLane> events;  // of a connection
+    std::vector<Panel<float>> differences;  // of each connection, [samples · column blocks][T][64]; empty where no delays are learned
 };
 
 // A population in the backward pass.
@@ -430,7 +431,7 @@ struct PopulationBackward : LayerBackward {
 // A connection in the backward pass.
 struct ConnectionBackward : ConnectionForward {
     float* tiles;               // of the weight gradient
-    float* learned = nullptr;   // [column blocks][B][64], what each sample adds to the gradients of the delays
+    float* learned = nullptr;   // [column blocks][B][64], what each sample adds to the gradients of the delays; null: not wanted
     InputGradient gradient;
 
     ConnectionBackward(const Graph& g, const Connection& connection, Arena& arena)
@@ -470,22 +471,39 @@ struct ConnectionBackward : ConnectionForward {
                 if (target[lane] && t - late[lane] >= -to.before) target[lane][t * kLanes] += x[lane];
     }
 
-    // −½ Σ_t ∂L/∂S̃[t]·(S[t − d + 1] − S[t − d − 1]) of the same, where S is 0 outside what is known.
-    void learn(const Stack& s, int64_t sample, int64_t column, const float* x, const GraphBlock& block) const {
+    // Σ_{k=1..σ} (S[t − d − k] − S[t − d + k]) of a sample, out [column blocks][T][64], where S is 0 outside what is known: the
+    // sums over time of what each spike adds at four steps.
+    void differences(const Stack& s, int64_t sample, float* out) const {
         const Axis& axis = source.plan->rows;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const int32_t n = plan.cols.neuron[column * kLanes + lane];
-            if (n < 0) continue;
-            const uint64_t* const words = source.spikes + (sample * axis.blocks + axis.lane[n] / kLanes) * s.steps;
-            const auto spike = [&](int64_t t) -> float {
-                if (t >= 0) return t < s.steps ? static_cast<float>(words[t] >> axis.lane[n] % kLanes & 1) : 0.0f;
-                const int64_t i = t + source.sent_steps;
-                return source.sent && i >= 0 ? source.sent[(i * s.batch + sample) * axis.size + n] : 0.0f;
+        const int64_t T = s.steps, width = of.delay_width;
+        zero(out, plan.cols.blocks * T * kLanes * sizeof(float));
+        const auto add = [&](int32_t n, int64_t step, float sent) {
+            const int64_t arrives = step + of.delays[n];
+            float* const lane = out + plan.cols.lane[n] / kLanes * T * kLanes + plan.cols.lane[n] % kLanes;
+            const auto from = [&](int64_t t, float x) {
+                if (t < T) lane[most(t, 0) * kLanes] += x;
             };
-            float sum = 0;
-            for (int64_t t = block.first; t < block.last; ++t)
-                sum += x[(t - block.first) * kLanes + lane] * (spike(t - of.delays[n] - 1) - spike(t - of.delays[n] + 1));
-            learned[(column * s.batch + sample) * kLanes + lane] += 0.5f * sum;
+            from(arrives - width, -sent), from(arrives, sent), from(arrives + 1, sent), from(arrives + width + 1, -sent);
+        };
+        for (int64_t i = 0; source.sent && i < source.sent_steps; ++i)
+            for (int32_t n = 0; n < axis.size; ++n)
+                if (const float sent = source.sent[(i * s.batch + sample) * axis.size + n]) add(n, i - source.sent_steps, sent);
+        for (int64_t r = 0; r < axis.blocks; ++r)
+            for (int64_t t = 0; t < T; ++t)
+                for (uint64_t word = source.spikes[(sample * axis.blocks + r) * T + t]; word; word &= word - 1)
+                    add(axis.neuron[r * kLanes + __builtin_ctzll(word)], t, 1);
+        for (int64_t column = 0; column < plan.cols.blocks; ++column, out += T * kLanes)
+            for (int64_t t = 1; t < T; ++t) PopulationBackward::add(out + (t - 1) * kLanes, out + t * kLanes);
+    }
+
+    // 1/(σ(σ + 1)) Σ_t ∂L/∂S̃[t] times these differences at the same steps.
+    void learn(const Stack& s, int64_t sample, int64_t column, const float* x, const float* differences, int64_t steps) const {
+        const Vec share = all(1.0f / static_cast<float>(of.delay_width * (of.delay_width + int64_t{1})));
+        float* const own = learned + (column * s.batch + sample) * kLanes;
+        for (int v = 0; v < kVecs; ++v) {
+            Vec sum{};
+            for (int64_t t = 0; t < steps; ++t) sum += load(x + t * kLanes + v * W) * load(differences + t * kLanes + v * W);
+            store(own + v * W, load(own + v * W) + share * sum);
         }
     }
 
@@ -519,6 +537,10 @@ struct GraphBackward {
             slice.inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
             slice.events.emplace(blocks, slices.samples, s.steps, s.threads, arena);
             slice.bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
+            for (const ConnectionBackward& x : connections) {
+                const int64_t tiles = x.of.grad_delays ? slices.samples * x.plan.cols.blocks : 0;
+                slice.differences.push_back({arena.take<float>(tiles * s.steps * kLanes), s.steps});
+            }
         }
         totals = arena.take<double>(blocks * kLanes);
     }
@@ -561,6 +583,12 @@ struct GraphBackward {
     void run_slice(GraphSlice& slice, int threads) const {
         for (size_t l = 0; l < populations.size(); ++l) populations[l].begin(s, slice, slice.populations[l], threads);
         slice.used = true;
+        for (size_t i = 0; i < connections.size(); ++i) {
+            const ConnectionBackward& x = connections[i];
+            parallel(threads, x.learned ? slice.samples : 0, 1, [&](int64_t b, int) {
+                x.differences(s, slice.first + b, slice.differences[i].at(b * x.plan.cols.blocks, 0));
+            });
+        }
         for (int64_t i = g.block_count; i-- > 0;) {
             const GraphBlock& block = g.blocks[i];
             const int64_t most_samples = samples_of(block, slice.samples);
@@ -598,7 +626,10 @@ struct GraphBackward {
         if (banded) bands.fill(slice.rows.floats, count, threads);
         const auto arrive = [&](int64_t column, int64_t i) {
             const float* const arrived = slice.inputs.at(column, i * steps);
-            if (x.learned) x.learn(s, slice.first + b + i, column, arrived, block);
+            if (x.learned) {
+                const Panel<float>& differences = slice.differences[&x - connections.data()];
+                x.learn(s, slice.first + b + i, column, arrived, differences.at((b + i) * x.plan.cols.blocks + column, block.first), steps);
+            }
             x.arrive(populations[x.of.source].plan.rows, source, b + i, column, arrived, block);
         };
         int64_t most_rows = steps;  // whole samples, and whole register tiles of the product

@@ -57,6 +57,29 @@ struct ArrivalPanel {
     }
 };
 
+// out[i] = Σ x[i − width + 1 … i] of rows x [steps][64] with zeros around them, [steps + width − 1][64]. Each sum is the end of one
+// group of `width` rows and the begin of the next, so that the cost does not depend on the width, and nothing is subtracted.
+inline void moving_sums(const float* x, int64_t steps, int64_t width, float* out) {
+    const int64_t rows = steps + width - 1;
+    for (int64_t first = 0; first < rows; first += width) {
+        Vec sum[kVecs] = {};
+        for (int64_t i = first; i < least(first + width, rows); ++i)
+            for (int v = 0; v < kVecs; ++v) {
+                if (i < steps) sum[v] += load(x + i * kLanes + v * W);
+                store(out + i * kLanes + v * W, sum[v]);
+            }
+        for (Vec& each : sum) each = Vec{};
+        for (int64_t ahead = width - 1; first && ahead-- > 0;)
+            for (int v = 0; v < kVecs; ++v) {
+                const int64_t i = first + ahead + 1 - width;
+                if (i < steps) sum[v] += load(x + i * kLanes + v * W);
+                if (first + ahead >= rows) continue;
+                float* const own = out + (first + ahead) * kLanes + v * W;
+                store(own, load(own) + sum[v]);
+            }
+    }
+}
+
 // The delays with which a layer's spikes reach the layer above, in the layer's order of lanes.
 struct Late {
     // The lanes of a vector that have the same delay.
@@ -94,9 +117,9 @@ struct Late {
 
     // Makes ∂L/∂S[t] = ∂L/∂S̃[t + d] of ∂L/∂S̃, the tile [T][64] of block r of sample b; 0 where t + d is after the last step.
     // In place: d ≥ 0, so step t reads steps from t on, and they are written in ascending order. Those of one group are all
-    // read before the first of them is written.
-    void shift(const Stack& s, int64_t b, int64_t r, float* tile) const {
-        if (learned) differences(s, b, r, tile);
+    // read before the first of them is written. `room` is for room_rows() rows.
+    void shift(const Stack& s, int64_t b, int64_t r, float* tile, float* room) const {
+        if (learned) differences(s, b, r, tile, room);
         for (int v = 0; v < kVecs; ++v) {
             const Lanes *const begin = lanes + (r * kVecs + v) * W, *end = begin;
             while (end < begin + W && end->bits) ++end;
@@ -119,17 +142,25 @@ struct Late {
         }
     }
 
-    // −½ Σ_t ∂L/∂S̃[t]·(S[t − d + 1] − S[t − d − 1]) of each lane, spike by spike; those before the first step count, too.
-    void differences(const Stack& s, int64_t b, int64_t r, const float* tile) const {
+    int64_t room_rows(int64_t steps) const {
+        return receiver && receiver->grad_delays && width() > 1 ? steps + width() - 1 : 0;
+    }
+    int64_t width() const { return receiver->delay_width; }
+
+    // −1/(σ(σ + 1)) Σ_t ∂L/∂S̃[t]·Σ_{k=1..σ} (S[t − d + k] − S[t − d − k]) of each lane, spike by spike; those before the first
+    // step count, too. A spike that arrives at a takes the sums of ∂L/∂S̃ over the σ steps before and after a.
+    void differences(const Stack& s, int64_t b, int64_t r, const float* tile, float* room) const {
         const Axis& axis = sender->plan->rows;
-        const int64_t T = s.steps;
+        const int64_t T = s.steps, rows = T + width() - 1;
         const int32_t* const neuron = axis.neuron.data() + r * kLanes;
         float* const sum = learned + (r * s.batch + b) * kLanes;
         zero(sum, kLanes * sizeof(float));
+        if (width() > 1) moving_sums(tile, T, width(), room), tile = room;
+        const float share = 1.0f / static_cast<float>(width() * (width() + 1));
         const auto add = [&](int64_t lane, int64_t step) {
-            const int64_t arrives = step + receiver->delays[neuron[lane]];
-            if (0 < arrives && arrives <= T) sum[lane] -= 0.5f * tile[(arrives - 1) * kLanes + lane];
-            if (-1 <= arrives && arrives + 1 < T) sum[lane] += 0.5f * tile[(arrives + 1) * kLanes + lane];
+            const int64_t arrives = step + receiver->delays[neuron[lane]], after = arrives + width();
+            if (0 < arrives && arrives <= rows) sum[lane] -= share * tile[(arrives - 1) * kLanes + lane];
+            if (0 <= after && after < rows) sum[lane] += share * tile[after * kLanes + lane];
         };
         for (int64_t i = 0; sender->sent && i < sender->sent_steps; ++i)
             for (int64_t lane = 0; lane < kLanes; ++lane)
@@ -299,13 +330,13 @@ struct BackwardPass {
     double* totals;
     EventLists event_lists;             // of the layer that is being swept
     MergedEvents merged_events;         // of the same, and then for the scan of the layer below
-    int64_t states_size, tile_size, scratch_size;  // of a worker: states of a block of some samples, a tile, then events of a
-                                                   // step, or what is needed of all rows
+    int64_t states_size, tile_size, scratch_size;  // of a worker: states of a block of some samples (before them, sums of late
+                                                   // rows), a tile, then events of a step, or what is needed of all rows
     int64_t event_list = 0;
     float* scratch;
 
     BackwardPass(const Stack& stack, Arena& arena) : s(stack), slices{s.batch, s.steps, least_slice(s)} {
-        int64_t lanes = 0, states = 0, listed_blocks = 0, listed = 0, most_rows = 0, grad_bands = 0;
+        int64_t lanes = 0, states = 0, sums = 0, listed_blocks = 0, listed = 0, most_rows = 0, grad_bands = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {
             const BackwardLayer& x = layers.emplace_back(s, l, slices, arena);
@@ -314,6 +345,7 @@ struct BackwardPass {
             most_rows = most(most_rows, divide_up(rows, kLanes) * kLanes);
             lanes = most(lanes, x.lanes());
             states = most(states, x.model.states);
+            sums = most(sums, x.late.room_rows(s.steps) * kLanes);
             if (!x.lists_events) continue;
             listed_blocks = most(listed_blocks, x.plan.rows.blocks);
             listed = most(listed, x.most_events(slices.rows()));
@@ -339,7 +371,7 @@ struct BackwardPass {
         }
         band_memory = arena.take<float>(grad_bands);
         totals = arena.take<double>(lanes);
-        states_size = most(kNeededRows, s.steps) * states * kLanes;
+        states_size = most(most(kNeededRows, s.steps) * states * kLanes, sums);
         tile_size = most(kLanes, slices.group * s.steps) * kLanes;
         scratch_size = most(most(states_size + tile_size + 2 * most(event_list, most(kNeededRows, s.steps)), lanes), most_rows);
         scratch = arena.take<float>(scratch_size * s.threads);
@@ -450,7 +482,7 @@ struct BackwardPass {
                 input_gradient(above, r, b * T, count * T, tile, worker);
             for (int64_t i = 0; i < count; ++i) {
                 float* const arrived = x.last ? nullptr : tile + i * T * kLanes;
-                if (x.late.lanes) x.late.shift(s, first + b + i, r, arrived);
+                if (x.late.lanes) x.late.shift(s, first + b + i, r, arrived, room);
                 scan_block(x, first, b + i, r, arrived, room, needed ? states[i] : nullptr);
             }
         });
@@ -486,8 +518,8 @@ struct BackwardPass {
                 x.arrivals.reorder(row, scratch + worker * scratch_size);
             });
         if (x.late.lanes)
-            parallel_pairs(s.threads, x.plan.rows.blocks, samples, 4, [&](int64_t r, int64_t b, int) {
-                x.late.shift(s, first + b, r, x.arrivals.panel.at(r, b * T));
+            parallel_pairs(s.threads, x.plan.rows.blocks, samples, 4, [&](int64_t r, int64_t b, int worker) {
+                x.late.shift(s, first + b, r, x.arrivals.panel.at(r, b * T), scratch + worker * scratch_size);
             });
     }
 
@@ -505,7 +537,7 @@ struct BackwardPass {
             float* const room = scratch + worker * scratch_size;
             for (int64_t t = 0; !x.arrivals.aligned && t < T; ++t) x.arrivals.reorder(b * T + t, room);
             for (int64_t r = 0; r < R; ++r) {
-                if (x.late.lanes) x.late.shift(s, first + b, r, panel.at(r, b * T));
+                if (x.late.lanes) x.late.shift(s, first + b, r, panel.at(r, b * T), room);
                 scan_block(x, first, b, r, panel.at(r, b * T), room);
             }
         });

@@ -57,6 +57,7 @@ struct Layer {
     uint64_t* inputs;       // [B][column blocks][T]: its inputs, if they are spikes; may be the last layer's `spikes`
     const int64_t* delays;  // [in]: by how many steps what each input sends arrives later; null: at once
     float* grad_delays;     // out: [in], if the delays are learned; null: not wanted
+    int32_t delay_width;    // σ, how many steps on either side that gradient sees
     const float* sent;      // [sent_steps][B][N]: its neurons' spikes before the first step, for the layer above; null: none
     int32_t sent_steps;
     float* states;          // out, for the backward pass: of every step; null: not kept
@@ -97,6 +98,7 @@ struct Connection {
     const int64_t* delays;  // [N of the source]
     float* grad_delays;     // out: [N of the source], if the delays are learned; null: not wanted
     int32_t source, target;
+    int32_t delay_width;    // σ, how many steps on either side that gradient sees
 };
 
 // What a population of a graph gets from outside, and gives.

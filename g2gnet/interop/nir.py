@@ -243,7 +243,8 @@ def from_nir(
     projections = {}
     for link in links:
         source = "input" if link.source is None else modules[link.source]
-        projections[modules[link.name]] = Projection(source, modules[link.target], connection(link), *link[5:])
+        given: Any = {name: getattr(link, name) for name in link._fields[5:]}
+        projections[modules[link.name]] = Projection(source, modules[link.target], connection(link), **given)
     populations = {modules[name]: neurons for name, neurons in ours.items()}
     return _in_bits(SpikingNetwork(populations, projections, modules[output], T, backend=backend))
 
@@ -281,8 +282,8 @@ def _connection_node(connection: G2GLinear, nir: Any) -> Any:
 def _delay_node(net: SpikingNetwork, projection: NumberedProjection, dt: float, nir: Any) -> Any:
     metadata = {}
     if projection.per_neuron:
-        learned = f"{projection.name}_delay" in dict(net.named_parameters(recurse=False))
-        metadata = {"max_delay": projection.most, "learn_delay": learned}
+        metadata = {"max_delay": projection.most, "learn_delay": projection.width > 0}
+        metadata |= {"delay_width": projection.width} if projection.width else {}
     return nir.Delay(delay=net.delays(projection.name).cpu().double().numpy() * dt, metadata=metadata)
 
 

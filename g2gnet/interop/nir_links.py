@@ -23,10 +23,11 @@ class Link(NamedTuple):
     delay: int | torch.Tensor
     learn_delay: bool = False
     max_delay: int | None = None
+    delay_width: int = 1
 
     def takes(self, steps: int) -> bool:
         """Whether every neuron has this fixed delay."""
-        return isinstance(self.delay, int) and self[5:] == (steps, False, None)
+        return isinstance(self.delay, int) and self[5:] == (steps, False, None, 1)
 
 
 def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: float, nir: Any) -> tuple[list[Link], str]:
@@ -94,7 +95,7 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
     return links, end
 
 
-def _delay(name: str, node: Any, size: int, dt: float) -> tuple[int | torch.Tensor, bool, int | None]:
+def _delay(name: str, node: Any, size: int, dt: float) -> tuple[Any, ...]:
     """The delay of a Delay node behind ``size`` neurons, as the last fields of a link."""
     steps = numbers(f"node {name}: delay", node.delay, size, Number(0).check) / dt
     whole = steps.round()
@@ -108,7 +109,8 @@ def _delay(name: str, node: Any, size: int, dt: float) -> tuple[int | torch.Tens
     with metadata_of(name, node) as metadata:
         most = metadata.get("max_delay")
         alone = bool((delay == delay[0]).all()) and most is None
-        return int(delay[0]) if alone else delay.expand(size).clone(), metadata.get("learn_delay", False), most
+        learned = metadata.get("learn_delay", False), most, metadata.get("delay_width", 1)
+        return int(delay[0]) if alone else delay.expand(size).clone(), *learned
 
 
 def chain_of(links: Sequence[Link], output: str) -> list[tuple[Link, list[Link]]] | None:

@@ -124,6 +124,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         **dict.fromkeys(("bins", "dt"), (Need("dataset", tuple(BINNED)),)),
         "unit_shift": (Need("sequence", ("own",)),),
         "delay_lr_factor": (Need("learn_delay", (True,)),),
+        "delay_width_schedule": (Need("learn_delay", (True,)),),
     }
     WARNED: ClassVar[tuple[str, ...]] = (
         *NetworkSettings.WARNED, "cp", "cg", "dst_interval", "dst_fraction", "warmup_epochs",
@@ -169,6 +170,9 @@ class TrainSettings(NetworkSettings, RunSettings):
     lr_schedule: str = _training("constant", "keep the learning rate, or let it fall to zero", choices=tuple(SCHEDULES))
     lr_warmup: int = _training(0, "optimizer steps in which the learning rate rises linearly to `lr`", low=0)
     delay_lr_factor: float = _training(100.0, "learning rate of learned delays, as a multiple of `lr`", low=0)
+    delay_width_schedule: str = _training(
+        "constant", "keep `delay_width`, or let it fall to 1, rounded to whole steps", choices=tuple(SCHEDULES)
+    )
     optimizer: str = _training("adam", "Adam, or AdamW, which decays only weights of connections", choices=OPTIMIZERS)
     weight_decay: float = _training(1e-4, "Adam's L2 penalty; AdamW's decay per step, times `lr`", low=0)
     label_smoothing: float = _training(0.0, "share of a label spread over all classes", low=0, high=1, open_high=True)
@@ -290,6 +294,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     def tied_to_epochs(self) -> list[str]:
         tied = {
             f"`lr_schedule={self.lr_schedule}`": self.lr_schedule != "constant",
+            f"`delay_width_schedule={self.delay_width_schedule}`": self.delay_width_schedule != "constant",
             "`enforce_sparsity`": self.enforce_sparsity,
             f"`dst_schedule={self.dst_schedule}`": self.dst_schedule != "constant",
             f"`dst_stop={self.dst_stop}`": self.dst_stop != 1,

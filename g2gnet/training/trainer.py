@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from g2g_kernels import Activity
+from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase, random_unit_shift
 from g2gnet.dst.gradual_pruning import mean_density
@@ -259,6 +260,9 @@ class Trainer(EpochTrainer):
 
     def _train_step(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         self.world.stage = f"step {self.step + 1}"
+        if self.settings.learn_delay and self.settings.delay_width_schedule != "constant":
+            left = SCHEDULES[self.settings.delay_width_schedule](self.step / self._steps)
+            self.net.delay_width = 1 + round((self.settings.delay_width - 1) * left)
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
         if self.settings.shift is not None:

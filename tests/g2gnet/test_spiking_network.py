@@ -157,13 +157,15 @@ def silence(how: str, sizes: dict[str, int]) -> tuple[dict, dict[str, torch.Tens
 
 @every_pair(
     name=GRAPHS, backend=BACKENDS, held=(False, True), dropout=(0.0, 0.25),
-    silenced=(None, "numbers", "mask", "of samples"),
+    silenced=(None, "numbers", "mask", "of samples"), width=(1, 2, 5, 10),
 )  # fmt: skip
-def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held, dropout, silenced):
+def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held, dropout, silenced, width):
     """Dropped neurons are silent, and the others send more. Silenced ones are silent in any mode, and
     the others send what they would."""
     net = network(name, backend, unit={"skips": 4, "feedback": 16}.get(name, 1), dropout=dropout)
     net.train(silenced != "mask")
+    if "learned" in name:
+        net.delay_width = width
     dropout = dropout if net.training else 0.0
     x = torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) * 2
     x64 = (x.expand(T, B, D) if held else x).double().requires_grad_()
@@ -608,6 +610,8 @@ def test_arguments_that_cannot_be_are_refused_by_name():
         ({"delay": np.full(9, 70000, np.uint32)}, "from 0 to 65535 steps; these are from 70000 to 70000"),
         ({"delay": 1.5, "learn_delay": True}, "give max_delay"),
         ({"delay": 9, "learn_delay": True, "max_delay": 8}, "from 0 to 8 steps; these are 9"),
+        ({"delay_width": 2}, "delay_width=2 of a → b is of gradients of learned delays; give learn_delay=True"),
+        ({"delay": 1, **LEARNED, "delay_width": 0}, "delay_width of a → b=0 must be"),
     ):
         with pytest.raises(ValueError, match=message):
             Projection("a", "b", connection, **options)
@@ -631,6 +635,13 @@ def test_arguments_that_cannot_be_are_refused_by_name():
         SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")
     with pytest.raises(ValueError, match=r"chunk=4 does not know the spikes after a chunk, .*; leave it out"):
         network("learned").simulate(torch.rand(T, B, D), chunk=4)
+    net = network("learned on a cycle")
+    net.simulate(torch.rand(T, B, D), chunk=4)
+    net.delay_width = 2
+    with pytest.raises(ValueError, match=r"chunk=4 .* the gradient of width 2 of a learned delay of 1 reads; leave"):
+        net.simulate(torch.rand(T, B, D), chunk=4)
+    with pytest.raises(ValueError, match="delay_width=3 would change nothing: no delays of this network are learned"):
+        network("skips").delay_width = 3
     late = Projection("input", "b", connection, 2, max_delay=5)
     kinds = [
         torch.full((9,), 2, dtype=getattr(torch, f"{kind}")) for kind in ("int8", "uint8", "int16", "uint16", "int32")
@@ -738,6 +749,46 @@ def test_learned_delays_follow_their_gradient():
         torch.nn.functional.conv1d(late[:, 0].T[:, None], kernel, padding=20).square().sum().backward()
         optimizer.step()
     assert torch.equal(net.delays("input_to_out"), wanted)
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 10])
+def test_the_gradient_of_a_learned_delay_is_that_of_inputs_spread_over_a_triangle(width):
+    """The output is linear in its inputs, so that finite differences over the kernel's place have no other error."""
+    connection = joined("input", "out", seeded(0))
+    delays = torch.tensor([0, 0, 1, 2, 3, 4, 5, 7, 9, 12]).float()
+    late = Projection("input", "out", connection, delays, learn_delay=True, max_delay=12, delay_width=width)
+    net = SpikingNetwork({"out": LIF(beta=0.8)}, [late], "out", T, readout="mean").double()
+    x, wanted = torch.rand(T, B, D, generator=seeded(4)).double(), torch.randn(B, 5, generator=seeded(5)).double()
+    assert net.delay_of(net.projections()[0]).width == width
+    (net(x) * wanted).sum().backward()
+    half, t = (width * (width + 1)) ** 0.5, torch.arange(T).double()
+    net.input_to_out_delay.data.zero_()
+
+    def loss(delays: torch.Tensor) -> torch.Tensor:
+        kernel = (1 - (t[:, None, None] - t[:, None] - delays).abs() / half).clamp(min=0) / half  # [t, s, D]
+        return (net(torch.einsum("tsd,sbd->tbd", kernel, x)) * wanted).sum()
+
+    with torch.no_grad():
+        steps = torch.eye(D).double() * 1e-3
+        differences = torch.stack([loss(delays + step) - loss(delays - step) for step in steps]) / 2e-3
+    torch.testing.assert_close(net.input_to_out_delay.grad.double(), differences, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_states_hold_as_many_steps_more_as_gradients_of_delays_see(backend):
+    """Delays of 3 to 5 steps see 3 steps ahead within a part; the state has those behind."""
+    net, x = network("learned on a cycle", backend), torch.rand(T, B, D, generator=seeded(4)) * 2
+    for name in ("a_to_b_delay", "b_to_a_delay"):
+        getattr(net, name).data.clamp_(3, 5)
+    state, gradients = net.simulate(x).state, []
+    net.delay_width = 3
+    with pytest.raises(ValueError, match=r"delays of this network read \[8, 3, 9\], its last 8 steps; give a state"):
+        net.simulate(x, state)
+    for borders in ((0, T), (0, 1, 7, T)):
+        loss = loss_of(run_in_parts(net, x, borders)[0])
+        gradients.append(torch.autograd.grad(loss, [*net.parameters()]))
+    for (name, _), whole, parts in zip(net.named_parameters(), *gradients, strict=True):
+        assert rms(parts - whole) <= 2e-5 * rms(whole) + 1e-7, name
 
 
 def test_edges_become_projections_one_for_each_delay():

@@ -98,11 +98,13 @@ def check_chunk(chunk: int, call: Call) -> None:
     if any(population.membranes for population in call.populations):
         raise ValueError(f"chunk={chunk} does not keep the membranes that a population is to give; leave it out")
     delays = [each.delay for population in call.populations for each in population.connections]
-    if any(delay is not None and delay.learned is not None and not delay.least for delay in delays):
-        raise ValueError(
-            f"chunk={chunk} does not know the spikes after a chunk, which the gradient of a learned delay of 0 "
-            "reads; leave it out, or fix the delays"
-        )
+    for delay in delays:
+        if delay is not None and delay.least < delay.ahead:
+            raise ValueError(
+                f"chunk={chunk} does not know the spikes after a chunk, which the gradient of width {delay.width} of a "
+                f"learned delay of {delay.least} reads; leave it out, fix the delays, or give a width up to the least "
+                "delay that can be learned (0, on a cycle 1)"
+            )
 
 
 def _check_ends(number: int, connection: Connection, sizes: Sequence[int | None]) -> None:

@@ -289,7 +289,7 @@ class _Arguments:
             if feed.delay is not None and feed.delay.steps is not None:
                 own.delays = delays_pointer(number, feed.delay, feed.delay.steps)
                 if to_feed is not None and to_feed.delay is not None:
-                    own.grad_delays = pointer(to_feed.delay.learned)
+                    own.grad_delays, own.delay_width = pointer(to_feed.delay.learned), feed.delay.width
             if states:
                 kept = "currents" if held and number == 0 and not recurrent else "states"
                 setattr(own, kept, states[number].data_ptr())

@@ -1,10 +1,12 @@
 """Delays: what a connection receives is what its source sent some whole steps before, S̃_j[t] = S_j[t − d_j].
 
-A learned delay is a float d̂_j, rounded to d_j after it is clamped. Its gradient is a central difference:
+A learned delay is a float d̂_j, rounded to d_j after it is clamped. Its gradient sees σ steps on either side:
 
-    ∂L/∂d̂_j = −½ Σ_{t,b} ∂L/∂S̃_j[t] · (S_j[t − d_j + 1] − S_j[t − d_j − 1])
+    ∂L/∂d̂_j = −1/(σ(σ + 1)) Σ_{t,b} ∂L/∂S̃_j[t] · Σ_{k=1..σ} (S_j[t − d_j + k] − S_j[t − d_j − k])
 
-with S = 0 after the run, and before it what the run continues. It passes the clamp unchanged.
+with S = 0 after the run, and before it what the run continues; for σ = 1 it is the central difference. It is the
+derivative of what spikes do if each is spread over a triangle of area 1 and half width √(σ(σ + 1)) steps around its
+arrival. It passes the clamp unchanged.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from g2g_kernels.numbers import Number
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.record import TYPES
 from g2g_kernels.tracing import is_transformed, replaced
@@ -24,12 +27,19 @@ class Delay(NamedTuple):
         least, most: the bounds of all delays.
         steps: int64 [N], one for each neuron of the source; None: ``least`` for all.
         learned: float [N] that ``steps`` are rounded from, or None; it has the gradient.
+        width: σ, how many steps on either side that gradient sees; 1 or more.
     """
 
     least: int
     most: int
     steps: torch.Tensor | None = None
     learned: torch.Tensor | None = None
+    width: int = 1
+
+    @property
+    def ahead(self) -> int:
+        """By how many steps more than the delay a gradient sees, on either side."""
+        return 0 if self.learned is None else self.width
 
     def of_each(self, size: int, device: torch.device) -> "Delay":
         """The same with steps of each of ``size`` neurons."""
@@ -38,6 +48,8 @@ class Delay(NamedTuple):
 
 
 TYPES["Delay"] = Delay
+#: σ, in steps
+WIDTH = Number(1, (1 << 16) - 1, whole=True)
 
 
 class Train:
@@ -120,8 +132,8 @@ def arrived(train: Train, delay: Delay | None, first: int, last: int) -> torch.T
     """What arrives at the steps from ``first`` to before ``last``, [n, B, N]; None: nothing was sent yet."""
     if delay is None:
         return train.window(first, last)
-    # a learned delay has a gradient by the spikes of one step later, too
-    if last - delay.least + (delay.learned is not None) <= train.begin:
+    # a learned delay has a gradient by the spikes of later steps, too
+    if last - delay.least + delay.ahead <= train.begin:
         return None
     if delay.steps is None:
         return train.window(first - delay.least, last - delay.least)
@@ -160,11 +172,28 @@ class _Learned(torch.autograd.Function):
             of_window.scatter_(0, rows[:, None].expand(grad.shape), grad)
         if ctx.needs_input_grad[1]:
             # by now the whole run is known, what was sent after `last`, too
-            around = ctx.train.window(first - delay.most - 1, last - delay.least + 1).detach()
-            early = _gathered(around, delay.steps, delay.most, last - first)
-            late = _gathered(around[2:], delay.steps, delay.most, last - first)
-            of_learned = (grad * (early - late)).sum((0, 1), dtype=torch.promote_types(grad.dtype, torch.float32)) / 2
+            width = delay.width
+            around = ctx.train.window(first - delay.most - width, last - delay.least + width).detach()
+            sums = _sums(around, width)
+            early = _gathered(sums, delay.steps, delay.most, last - first)
+            late = _gathered(sums[width + 1 :], delay.steps, delay.most, last - first)
+            dtype = torch.promote_types(grad.dtype, torch.float32)
+            of_learned = (grad * (early - late)).sum((0, 1), dtype=dtype) / (width * (width + 1))
         return of_window, of_learned, None, None, None, None
+
+
+def _sums(x: torch.Tensor, width: int) -> torch.Tensor:
+    """The sums of each ``width`` rows of x that follow one another, [len(x) − width + 1, ...], from sums of 1, 2, 4, …
+    rows."""
+    count, begin, total = len(x) - width + 1, 0, None
+    for bit in range(width.bit_length()):
+        if bit:
+            x = x[: -(1 << bit - 1)] + x[1 << bit - 1 :]
+        if width >> bit & 1:
+            rows = x[begin : begin + count]
+            total, begin = rows if total is None else total + rows, begin + (1 << bit)
+    assert total is not None
+    return total
 
 
 def check_delay(suffix: str, delay: Any, size: int) -> None:
@@ -178,6 +207,7 @@ def check_delay(suffix: str, delay: Any, size: int) -> None:
         raise ValueError(f"the delay{suffix} has no steps, but differs between neurons; give them, int64 [{size}]")
     if delay.steps is not None and delay.steps.dtype != torch.int64:
         raise ValueError(f"steps of the delay{suffix} are {delay.steps.dtype}; give int64")
+    WIDTH.check(f"the width of the delay{suffix}", delay.width)
 
 
 def reaches_of(connections: Iterable[tuple[int, Delay | None]], models: Sequence[str | None]) -> list[int]:
@@ -188,8 +218,7 @@ def reaches_of(connections: Iterable[tuple[int, Delay | None]], models: Sequence
     reaches = [0] * (len(models) + 1)
     for source, delay in connections:
         if delay is not None:
-            # one more for the gradient of learned delays
-            reaches[source] = max(reaches[source], delay.most + (delay.learned is not None))
+            reaches[source] = max(reaches[source], delay.most + delay.ahead)
     for number, model in enumerate(models):
         if reaches[number] == 1 and (model not in MODELS or MODELS[model].compared is None):
             reaches[number] = 0

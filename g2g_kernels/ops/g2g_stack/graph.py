@@ -225,6 +225,7 @@ class _Arguments:
                 target=target,
                 grad_values=None if grad is None else pointer(grad.values),
                 grad_delays=None if grad is None or grad.delay is None else pointer(grad.delay.learned),
+                delay_width=each.delay.width,
             )
         stack = structures.Stack(
             layers=addressof(self.layers),

@@ -38,7 +38,7 @@ GRAPHS = {
 class Case:
     """The tensors of a graph, and its layers of them."""
 
-    def __init__(self, name, kinds, block_size: int, model: str, dropped: bool, started: bool, samples=5) -> None:
+    def __init__(self, name, kinds, block_size, model: str, dropped: bool, started: bool, samples=5, width=1) -> None:
         draw, self.leaves = seeded(3), {}
         self.connections, self.is_chain = GRAPHS[name], "chain" in name
         self.model, self.dropped, self.started = model, dropped, started
@@ -68,11 +68,11 @@ class Case:
             elif delay[0] == "learned":
                 _, least, most = delay
                 self.leaves[f"learned{number}"] = torch.rand(size, generator=draw) * (most + 2) - 1
-                self.delays.append(Delay(least, most))
+                self.delays.append(Delay(least, most, width=width))
             else:
                 low, high = delay
                 self.delays.append(Delay(low, high, torch.randint(low, high + 1, (size,), generator=draw)))
-        reach = 32
+        reach = 40
         self.leaves["x"] = torch.rand(T, samples, INPUTS, generator=draw) * 2
         if started and any(source == "x" and delay for source, _, delay in self.connections):
             self.leaves["before"] = torch.rand(reach, samples, INPUTS, generator=draw)
@@ -148,12 +148,13 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
 @every_pair(
     name=GRAPHS, kinds=(("index", "index", "index"), ("random", "interleaved", "random")), block_size=(1, 4, 16, 64),
     model=tuple(MODELS), reset=("subtract", "zero", "none"), surrogate=("triangle", "atan", "fast_sigmoid"),
-    dropped=(False, True), started=(False, True), held=(False, True), threads=(1, 2),
+    dropped=(False, True), started=(False, True), held=(False, True), threads=(1, 2), width=(1, 2, 5, 10),
 )  # fmt: skip
 def test_graphs_of_any_kind(
-    name, kinds, block_size, model, reset, surrogate, dropped, started, held, threads, poisoned
+    name, kinds, block_size, model, reset, surrogate, dropped, started, held, threads, width, poisoned
 ):
-    compare(Case(name, kinds, block_size, model, dropped, started), held, threads, reset=reset, surrogate=surrogate)
+    case = Case(name, kinds, block_size, model, dropped, started, width=width)
+    compare(case, held, threads, reset=reset, surrogate=surrogate)
 
 
 @pytest.mark.parametrize("name", ["skips", "learned", "fast feedback"])

@@ -64,7 +64,7 @@ def learned():
     return graph_of(
         Projection("input", "a", joined(INPUTS, 12, 1), delay=1.5, learn_delay=True, max_delay=6),
         Projection("a", "b", joined(12, 16, 2)),
-        Projection("b", "c", joined(16, 14, 3), delay=starts, learn_delay=True, max_delay=6),
+        Projection("b", "c", joined(16, 14, 3), delay=starts, learn_delay=True, max_delay=6, delay_width=3),
         Projection("c", "a", joined(14, 12, 4, bias=False), delay=2),
         **{name: LIF(**LEAK) for name in "abc"},
     )

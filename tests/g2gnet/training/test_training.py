@@ -66,10 +66,12 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(warmup):
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_learned_delays_have_a_learning_rate_of_their_own_and_no_decay(optimizer):
     schedule = {"optimizer": optimizer, "lr_schedule": "cosine", "weight_decay": 0.1}
-    trainer = small_trainer(**schedule, delay=3, learn_delay=True, delay_lr_factor=20.0)
+    schedule |= {"delay_width": 9, "delay_width_schedule": "cosine"}
+    trainer, widths = small_trainer(**schedule, delay=3, learn_delay=True, delay_lr_factor=20.0), []
     delays = [each for name, each in trainer.net.named_parameters() if name.endswith("delay")]
     before = [each.detach().clone() for each in delays]
-    trainer.train_epoch()
+    trainer.train_epoch(lambda *_: widths.append(trainer.net.delay_width))
+    assert widths == [9, 9, 8, 8]  # 1 + 8·(1 + cos(π·step/12))/2, rounded
     *others, of_delays = trainer.optimizer.param_groups
     assert {id(each) for each in of_delays["params"]} == {id(each) for each in delays}
     assert of_delays["weight_decay"] == 0

@@ -608,9 +608,9 @@ def shapes_of(
                     raise ValueError(f"{name} has {layer.in_features} inputs, but receives {found} pixels of {source}")
             left.remove(name)
     for name in left:
-        source = projections[name].source
-        if source in known and source != "input":
-            shape_behind(name, *parts[name][:2], known[source][1])  # which raises
+        sender = projections[name].source
+        if sender in known and sender != "input":
+            shape_behind(name, *parts[name][:2], known[sender][1])  # which raises
         elif input_shape is not None:
             shape_behind(name, *parts[name][:2], input_shape)
     return (

@@ -434,8 +434,8 @@ class SpikingNetwork(PopulationGraph):
         if not path.before or path.kind == "pool":
             return train
         sent = train.detach() if isinstance(train, torch.Tensor) else train.dense().detach()
-        images = Images(self.shapes[(*self.populations, "input")[projection.source]], path.before)
-        return through(images, sent, lambda x: x, flat=False)
+        shape: Any = self.shapes[(*self.populations, "input")[projection.source]]
+        return through(Images(shape, path.before), sent, lambda x: x, flat=False)
 
     def _of_images(
         self,

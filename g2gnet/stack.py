@@ -101,13 +101,13 @@ def chain(layers: Iterable[Pair | RecurrentLayer]) -> tuple[dict[str, nn.Module]
     """Populations ``lif1``, … and projections ``fc1``, ``rec1``, … of layers."""
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers is a {type(layers).__name__}; give a list of pairs (connection, neurons)")
-    layers = grouped(layers)
-    if not layers:
+    parts = grouped(layers)
+    if not parts:
         raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
     populations: dict[str, nn.Module] = {}
     projections: dict[str, Projection] = {}
     source = "input"
-    for number, (modules, (neurons, *recurrent)) in enumerate(layers, 1):
+    for number, (modules, (neurons, *recurrent)) in enumerate(parts, 1):
         connection = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
         kind = {"convolution": "conv", "pool": "pool"}.get(parts_of(f"layer {number}", connection).path.kind, "fc")
         target = f"lif{number}"

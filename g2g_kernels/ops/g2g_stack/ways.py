@@ -77,13 +77,13 @@ def refuses_operators(call: Call) -> str | None:
 
 
 #: of each kind of connection with weights
-OPERATORS = {"linear": g2g_linear, "convolution": g2g_conv2d}
+OPERATORS: reference.Products = {"linear": g2g_linear, "convolution": g2g_conv2d}
 
 
 def run_operators(call: Call) -> Activity:
     """Population by population, by operators that find their own backends."""
     backend = call.backend
-    products = {name: partial(each, backend=backend) for name, each in OPERATORS.items()}
+    products: reference.Products = {name: partial(each, backend=backend) for name, each in OPERATORS.items()}
     neurons = partial(run_neurons, backend=backend)
     neurons = partial(cpu.in_float32, neurons) if backend == "cpu" else neurons
     loop_of = None if call.plain else partial(recurrent_lists.loop_of, backend=backend)

@@ -15,7 +15,17 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import WAYS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import LIF, DSTScheduler, G2GConv2d, G2GLinear, Projection, SpikingNetwork, SpikingStack, SumPool2d
+from g2gnet import (
+    LIF,
+    DSTScheduler,
+    G2GConv2d,
+    G2GLinear,
+    Projection,
+    SpikingNetwork,
+    SpikingStack,
+    SumPool2d,
+    sparsify,
+)
 from g2gnet.activity_recorder import received_in
 
 every_backend = pytest.mark.parametrize("backend", backends_of(WAYS))
@@ -379,6 +389,43 @@ def test_a_norm_has_the_statistics_of_all_steps_and_is_folded_in_evaluation():
 def test_a_compiled_network_is_one_graph_with_equal_results(training):
     net = stack(input_shape=(2, 8, 8)).train(training)
     compiles_whole(net, X)
+
+
+@pytest.mark.parametrize("density", ["uniform", "erk"])
+def test_a_network_of_images_is_made_sparse_and_rewired_in_place(density):
+    net = stack((G2GConv2d(2, 16, 3, padding=1), LIF()), nn.MaxPool2d(2), (G2GConv2d(16, 32, 3, padding=1), LIF()))
+    sparsify(net, 0.2, density=density, num_groups=2, block_size=1, skip=["conv1"], generator=seeded(1))
+    assert type(net.conv1) is G2GConv2d
+    assert 0.4 < net.conv2.mask.density < 0.8
+    optimizer = torch.optim.Adam(net.parameters())
+    scheduler = DSTScheduler(net, optimizer, prune="set", grow="gradient", interval=1)
+    before = net.conv2.mask.flat_unit().clone()
+    net(X).square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    assert not torch.equal(net.conv2.mask.flat_unit(), before)
+    assert net.conv2.mask.num_units == len(before)
+    with pytest.raises(ValueError, match="a correlation is of neurons, and layer 0 joins channels"):
+        DSTScheduler(net, optimizer, prune="hebb", grow="hebb")
+    with pytest.raises(ValueError, match="quantize=8 rounds G2GLinear layers, and conv1 is a G2GConv2d"):
+        net.quantize = 8
+    with pytest.raises(ValueError, match="quantize=4 rounds G2GLinear layers, and conv1 is a MaskedConv2d"):
+        stack((copy.deepcopy(net.conv2), LIF())).quantize = 4
+
+
+def test_erk_is_of_the_channels_that_a_convolution_joins():
+    """As for weights between as many neurons: a kernel of the mask counts as one, whatever its size."""
+    found = []
+    for kernel in (1, 5):
+        model = nn.Sequential(nn.Conv2d(16, 32, kernel), nn.Conv2d(32, 64, 3))
+        sparsify(model, 0.2, density="erk", num_groups=2, block_size=1, generator=seeded(1))
+        found.append([layer.mask.density for layer in model])
+    linear_layers = sparsify(
+        nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 64)), 0.2, density="erk", num_groups=2, block_size=1,
+        generator=seeded(1),
+    )  # fmt: skip
+    assert found[0] == found[1] == [layer.mask.density for layer in linear_layers]
+    assert found[0][0] > found[0][1]
 
 
 REFUSED = [

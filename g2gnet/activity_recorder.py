@@ -42,6 +42,7 @@ def received_in(
                 before = (own[-1:] > neurons[each.source].population.parameters[-1]).detach()
             held = net.T if each.source < 0 and inputs.dim() == 2 else None
             train = LateSpikes(train, delay, before, held)
+        train = net.behind_pools(each, train)
         found.append((connections[each.name], train, spikes[each.target]))
     return found
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from g2g_kernels import Activity, Connection, neurons_step
 from g2g_kernels.dispatch import ANY
 from g2g_kernels.ops.g2g_stack import WAYS, Call, StackState, check_dropped
 from g2g_kernels.ops.g2g_stack.activity import Synapses
+from g2g_kernels.ops.g2g_stack.images import through
 from g2g_kernels.ops.g2g_stack.population import components
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, PopulationFunctions, activity_of
 from g2g_kernels.ops.neurons.checks import check_states
@@ -43,6 +44,16 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
+class NormedModule(NamedTuple):
+    """A convolution and the norm behind it, called one after the other."""
+
+    layer: nn.Module
+    norm: nn.Module
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.layer(x))
+
+
 class CalledModules:
     """Calls the modules of a network in turn; those on a cycle at every step.
 
@@ -68,7 +79,7 @@ class CalledModules:
             population, size = call.populations[number], self._net.sizes[number]
             names = [each.name for each in self._net.projections() if each.target == number]
             products = [
-                partial(_call, connection, each.values, 1.0 if each.source < 0 else self._scale, size)
+                partial(_call, connection, each, 1.0 if each.source < 0 else self._scale, size)
                 for connection, each in zip(names, population.connections, strict=True)
             ]
             if number not in stepping:
@@ -116,7 +127,7 @@ def step_of_called(
         states: Any = population.state  # one by one, as steps take them
         if states is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
             check_states(states, neurons.population, (call.x.shape[1], size))
-        products = [partial(_call_at_a_step, each.values) for each in population.connections]
+        products = [partial(_call_at_a_step, each) for each in population.connections]
         step = _step_neurons if spiking or name != net.populations[-1] else _step_silently
         functions.append(PopulationFunctions(size, products, partial(step, neurons)))
     turn = GraphRun(call, functions).turn()
@@ -125,14 +136,25 @@ def step_of_called(
     return output, turn.spikes, (*after, *[each for each in turn.sent if each is not None])
 
 
-def _call_at_a_step(connection: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _call_at_a_step(connection: Connection, x: torch.Tensor) -> torch.Tensor:
     """The output of a connection of inputs [1, B, N], which it sees without the axis of time."""
-    return connection(x[0])[None] if x.dim() == 3 else connection(x)
+    called = _caller(connection)
+    return called(x[0])[None] if x.dim() == 3 else called(x)
 
 
-def _call(name: str, connection: nn.Module, scale: float, size: int, x: torch.Tensor) -> torch.Tensor:
+def _caller(connection: Connection) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a called connection gives of neurons; its module sees images where its source lies in them."""
+    module, images = connection.values, connection.images
+    if images is None:
+        return module
+    return lambda x: through(images, x, module, flat=isinstance(module, G2GLinear))
+
+
+def _call(name: str, connection: Connection, scale: float, size: int, x: torch.Tensor) -> torch.Tensor:
     """The output of a connection, which has ``size``, of inputs times ``scale``."""
-    return _output_of(name, connection, x if scale == 1 else x * scale, (*x.shape[:-1], size))
+    module = connection.values
+    output = _caller(connection)(x if scale == 1 else x * scale)
+    return _checked_output(name, module, output, (*x.shape[:-1], size))
 
 
 def _call_neurons(
@@ -197,7 +219,10 @@ def _check_steps_of(name: str, neurons: nn.Module) -> None:
 
 def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """The output of a module of the network; raises TypeError unless it is a tensor of that shape."""
-    output = module(x)
+    return _checked_output(name, module, module(x), shape)
+
+
+def _checked_output(name: str, module: Any, output: Any, shape: Sequence[int]) -> torch.Tensor:
     is_tensor = isinstance(output, torch.Tensor)
     if is_tensor and tuple(output.shape) == tuple(shape):
         return output

@@ -4,7 +4,6 @@ import html
 from typing import TYPE_CHECKING, Any
 
 from g2g_kernels.mask.conversions import picture
-from g2gnet.layers import G2GLinear
 
 if TYPE_CHECKING:
     from g2gnet.projections import PopulationGraph
@@ -23,6 +22,7 @@ def to_networkx(net: "PopulationGraph") -> Any:
     """
     import networkx  # which is optional
 
+    net.check_linear("to_networkx")
     connections, names, projections = net.connections(), [*net.populations, "input"], net.projections()
     pairs = {(each.source, each.target) for each in projections}
     graph = networkx.DiGraph() if len(pairs) == len(projections) else networkx.MultiDiGraph()
@@ -48,7 +48,8 @@ def to_html(net: "PopulationGraph") -> str:
         >>> "█" in to_html(G2GNet(64, 64, 10, block_size=8))
         True
     """
-    connections, neurons = net.connections(), [*net.neurons().items()]
+    connections: dict[str, Any] = dict(net.connections())
+    neurons = [*net.neurons().items()]
     rows, seen = [], set()
     for each in net.projections():
         name, module = neurons[each.target]
@@ -64,8 +65,11 @@ def to_html(net: "PopulationGraph") -> str:
     return f"<table><tr>{header}</tr>{''.join(rows)}</table>"
 
 
-def _row(name: str, connection: G2GLinear, neurons: str) -> str:
-    mask = connection.mask
+def _row(name: str, connection: Any, neurons: str) -> str:
+    mask = getattr(connection, "mask", None)
+    if mask is None:  # images are joined by every kernel, or by a pool
+        joined, module, after = map(html.escape, (name, repr(connection), neurons))
+        return f"<tr><td>{joined}</td><td colspan=4>{module}</td><td>{after}</td><td></td></tr>"
     kinds = " ← ".join(dict.fromkeys((mask.rows.layout.kind, mask.cols.layout.kind)))
     cells = (
         name,

@@ -1,6 +1,7 @@
 """Projections between populations: connections with delays, and the graph of modules that a set of them makes."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from g2g_kernels.ops.g2g_stack.delays import WIDTH, late_of
 from g2g_kernels.ops.g2g_stack.schedule import CycleError, components_of
 from g2g_kernels.tracing import default_device, is_traced
 from g2gnet import graphs
+from g2gnet.images import Parts, Shape, checked_shape, parts_of, shape_behind
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 from g2gnet.weights.whole_buffers import WholeBuffers
@@ -32,7 +34,10 @@ class Projection:
     Args:
         source: the name of a population, or ``"input"``.
         target: the name of a population.
-        connection: from the source's neurons to the target's.
+        connection: from the source's neurons to the target's: a :class:`G2GLinear`; between images a
+            :class:`G2GConv2d`, a pool (``nn.MaxPool2d``, ``nn.AvgPool2d``, :class:`SumPool2d`), or an
+            ``nn.Sequential`` of pools, one layer, an ``nn.BatchNorm2d`` behind a convolution, and pools. Max pools take
+            the maximum of spikes before a layer, of currents behind it.
         delay: whole steps, one for all or [N_src], one for each neuron of the source: numbers of Python or NumPy, an
             array, a tensor or a list. Kept as a number, or as int64 (float32 if learned) on the CPU.
         learn_delay: whether the delays are learned: d = round(clamp(d̂, 0, max_delay)) of a float parameter d̂ [N_src],
@@ -83,7 +88,7 @@ class Projection:
                 f"the delays of {name} are {self.delay!r:.40}; give whole numbers of steps, one or [N_src], or with "
                 "`learn_delay` floats"
             )
-        if delays.ndim and delays.shape != (neurons,):
+        if delays.ndim and neurons is not None and delays.shape != (neurons,):
             raise ValueError(
                 f"the delays of {name} have shape {list(delays.shape)}; give one number, or one for each of the "
                 f"{neurons} neurons of the source"
@@ -193,6 +198,13 @@ def _column(values: Any, column: str, of: str) -> np.ndarray:
     return np.asarray(values)
 
 
+class Ends(NamedTuple):
+    """The names of a projection's source and target."""
+
+    source: str
+    target: str
+
+
 class NumberedProjection(NamedTuple):
     """A projection inside a network: the names of its modules, and the numbers of its populations.
 
@@ -227,21 +239,31 @@ class PopulationGraph(WholeBuffers):
         projections: Sequence[Projection] | Mapping[str, Projection],
         output: str,
         readout: str,
+        input_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         named = dict(projections) if isinstance(projections, Mapping) else named_projections(projections)
-        sizes = sizes_of(populations, named, output, readout)
+        check_parts(populations, named, output, readout)
+        parts = {name: parts_of(name, each.connection) for name, each in named.items()}
+        #: what each projection does beside its weights
+        self._paths = {name: each.path for name, each in parts.items()}
         #: the names of the populations, in the order in which a chain runs, the output last
         self.populations = in_order([*populations], named.values(), output)
         self.depth = len(self.populations)
         place = {name: number for number, name in enumerate(self.populations)} | {"input": -1}
-        #: the number of neurons of each, and at the end of inputs
-        self.sizes = tuple([sizes[name] for name in (*self.populations, "input")])
+        self._sizes: tuple[int, ...] | None = None  # once they are known
+        self._input_shape = None if input_shape is None else checked_shape(input_shape)
+        ends = {name: Ends(each.source, each.target) for name, each in named.items()}
+        self._shapes = shapes_of(ends, parts, self._input_shape)
+        if self._shapes is not None:
+            check_parameters(populations, self._shapes)
         numbered = []
         for target in self.populations:
             names = [name for name, each in named.items() if each.target == target]
             for name in names:
-                self._add(name, named[name].connection)
+                self._add(name, parts[name].module)
+                if (norm := parts[name].norm) is not None:
+                    self._add(f"{name}_norm", norm)
                 model: Any = getattr(populations[target], "model", None)
                 other = named[name].onto != "current" and model is not None and model.takes is not None
                 numbered.append(
@@ -261,9 +283,13 @@ class PopulationGraph(WholeBuffers):
 
     def _add_delay(self, name: str, projection: Projection, place: Mapping[str, int]) -> NumberedProjection:
         """Registers the delays of a projection, and numbers its populations by ``place``."""
-        delays, connection = torch.as_tensor(projection.delay, device="cpu"), projection.connection
-        neurons: Any = connection.in_features
+        delays = torch.as_tensor(projection.delay, device="cpu")
         per_neuron = bool(delays.dim()) or projection.max_delay is not None
+        if per_neuron and self._shapes is None:
+            raise ValueError(f"{name} has a delay for each neuron, whose number is unknown; give input_shape=(C, H, W)")
+        neurons = self.sizes[place[projection.source]] if per_neuron else 0
+        if delays.dim() and len(delays) != neurons:
+            raise ValueError(f"the delays of {name} have shape {list(delays.shape)}; give one number, or [{neurons}]")
         given = delays.expand(neurons) if per_neuron else delays
         if hasattr(self, f"{name}_delay"):
             raise ValueError(f"'{name}_delay' is the name of the delays of {name}; choose another one for the module")
@@ -281,6 +307,66 @@ class PopulationGraph(WholeBuffers):
         learned = {each.name for each in numbered if each.width}
         self._projections = checked_projections(numbered, self._cyclic & learned, self._models())
         self._to = [[each for each in self._projections if each.target == number] for number in range(self.depth)]
+
+    @property
+    def input_shape(self) -> Shape | None:
+        """The shape of an input, (C, H, W) or (D,); None: of images, before the first of them has come. It decides the
+        sizes of populations; after that it stays."""
+        return self._input_shape or (None if self._shapes is None else self._shapes["input"])
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of each population by name, and of ``"input"``: (C, H, W), or (N,). What the activity has of an
+        image is in the order of ``torch.flatten``: ``activity.rates["conv"].unflatten(0, net.shapes["conv"])``.
+
+        Raises ValueError where it follows from inputs that have not come yet."""
+        if self._shapes is None:
+            raise ValueError(
+                "the sizes of this network follow from its inputs: give it input_shape=(C, H, W), or call it once"
+            )
+        return self._shapes
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of neurons of each population, and at the end of inputs."""
+        if self._sizes is None:
+            shapes = self.shapes
+            self._sizes = tuple([math.prod(shapes[name]) for name in (*self.populations, "input")])
+        return self._sizes
+
+    def _flat(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs as neurons; images [..., C, H, W] are flattened. The first of them decide the sizes."""
+        if inputs.dim() < 4:
+            if self._shapes is None:
+                raise ValueError(
+                    f"the input is {list(inputs.shape)}; give images [B, C, H, W] or [T, B, C, H, W], or the network "
+                    "input_shape=(C, H, W)"
+                )
+            return inputs
+        shape = tuple(inputs.shape[-3:])
+        if self._shapes is None:
+            parts = {each.name: Parts(self._paths[each.name], self._modules[each.name]) for each in self._projections}
+            names = (*self.populations, "input")
+            ends = {each.name: Ends(names[each.source], names[each.target]) for each in self._projections}
+            found = shapes_of(ends, parts, shape)
+            assert found is not None  # shapes of all follow from that of images
+            check_parameters(self.neurons(), found)
+            self._input_shape, self._shapes = shape, found
+        elif self._shapes["input"] != shape and len(self._shapes["input"]) == 3:
+            raise ValueError(
+                f"the input has images {list(shape)}, and this network was made for {list(self._shapes['input'])}; "
+                "make one for these, or resize them"
+            )
+        elif len(self._shapes["input"]) == 1 and not any(each.takes_images for each in self._paths.values()):
+            return inputs  # which operators refuse
+        return inputs.flatten(-3)
+
+    def check_linear(self, where: str) -> None:
+        """Raises ValueError, naming it, for a connection of images, which ``where`` has no form for."""
+        for name, path in self._paths.items():
+            if path.takes_images:
+                kind = "reads images by a pool" if path.kind == "linear" else f"is a {path.kind}"
+                raise ValueError(f"{where} has no form for {name}, which {kind}; it takes G2GLinear layers alone")
 
     def connections(self) -> dict[str, G2GLinear]:
         """All connections by name, from the input to the output."""
@@ -366,7 +452,7 @@ class PopulationGraph(WholeBuffers):
         own = next((own for own in self._projections if f"{own.name}_delay" == name), None)
         if own is None:
             return super().fitted(name, given, where)
-        size = self.sizes[own.source]
+        size = self.sizes[own.source] if own.per_neuron or given.dim() else 0
         if own.per_neuron and not given.dim():
             given = given.expand(size).clone()
         if given.dim() and tuple(given.shape) != (size,):
@@ -470,10 +556,10 @@ def in_order(names: list[str], projections: Collection[Projection], output: str)
     return (*[name for name in order if name != output], output)
 
 
-def sizes_of(
+def check_parts(
     populations: Mapping[str, nn.Module], projections: Mapping[str, Projection], output: str, readout: str
-) -> dict[str, int]:
-    """The number of neurons of each population, and of inputs; raises unless these are the parts of a network."""
+) -> None:
+    """Raises unless these are the parts of a network, whatever their sizes."""
     if not isinstance(populations, Mapping):
         raise TypeError(f"populations is a {type(populations).__name__}; give a dict of the neurons by name")
     if not populations:
@@ -482,24 +568,12 @@ def sizes_of(
         raise ValueError("'input' is the name of the network's input; call the population otherwise")
     if output not in populations:
         raise ValueError(f"output={output!r} is not one of the populations {', '.join(populations)}")
-    sizes: dict[str, tuple[str, int]] = {}  # of each population, and the connection that says it
     for name, each in projections.items():
         for end, known in ((each.source, ["input", *populations]), (each.target, [*populations])):
             if end not in known:
                 raise ValueError(
                     f"{name} joins {each.source!r} and {each.target!r}; {end!r} is not one of {', '.join(known)}"
                 )
-        if not hasattr(each.connection, "in_features"):
-            raise TypeError(
-                f"{name} is a {type(each.connection).__name__}; a network joins G2GLinear layers. Put others, as "
-                "convolutions, into a module of your own with LIF layers behind them (docs/limits.md)"
-            )
-        for end, side in ((each.target, "outputs"), (each.source, "inputs")):
-            connection: Any = each.connection
-            size = connection.out_features if side == "outputs" else connection.in_features
-            which, expected = sizes.setdefault(end, (name, size))
-            if size != expected:
-                raise ValueError(f"{name} has {size} {side}, but {end} has {expected} neurons for {which}")
     reached, found_more = {"input"}, True
     while found_more:
         onward = {each.target for each in projections.values() if each.source in reached}
@@ -507,16 +581,8 @@ def sizes_of(
     for name in populations:
         if name not in reached:
             raise ValueError(f"no projections lead from the input to {name!r}; give some, or leave the population out")
-    found = {name: size for name, (_, size) in sizes.items()}
-    for name, neurons in populations.items():
-        for parameter, tensor in neurons.by_name.items() if isinstance(neurons, SpikingNeurons) else ():
-            if tensor.numel() not in (1, found[name]):
-                raise ValueError(
-                    f"{name} has {tensor.numel()} numbers {parameter}, but {found[name]} neurons for {sizes[name][0]}; "
-                    f"give {type(neurons).__name__}({found[name]}, …), or one number"
-                )
     if readout == "counts":
-        return found
+        return
     if sender := next((name for name, each in projections.items() if each.source == output), None):
         raise ValueError(
             f"readout={readout!r} is of neurons that do not spike, but {sender} sends the spikes of {output}; leave it "
@@ -527,4 +593,65 @@ def sizes_of(
             f"readout={readout!r} is of the membranes of the neurons of g2gnet, and {output} is a "
             f"{type(populations[output]).__name__}; give readout='counts'"
         )
-    return found
+
+
+def shapes_of(
+    projections: Mapping[str, Ends], parts: Mapping[str, Parts], input_shape: Shape | None
+) -> dict[str, Shape] | None:
+    """The shape of each population, and of the input; None if it follows from inputs that have not come yet. Raises
+    ValueError for sizes that do not match."""
+    known: dict[str, tuple[str, Shape]] = {}  # and the connection that says it
+    if input_shape is not None:
+        known["input"] = "input_shape", input_shape
+
+    def note(end: str, name: str, side: str, shape: Shape) -> None:
+        which, expected = known.setdefault(end, (name, shape))
+        both = len(shape) == len(expected)
+        if (shape != expected) if both else (math.prod(shape) != math.prod(expected)):
+            mine, theirs = (each[0] if len(each) == 1 else list(each) for each in (shape, expected))
+            raise ValueError(f"{name} has {mine} {side}, but {end} has {theirs} neurons for {which}")
+        if not both and len(shape) == 3:
+            known[end] = name, shape
+
+    for name, each in projections.items():
+        path, layer, _ = parts[name]
+        if path.kind == "linear":
+            note(each.target, name, "outputs", (layer.out_features,))
+            if not path.takes_images:
+                note(each.source, name, "inputs", (layer.in_features,))
+    left = [name for name in projections if parts[name].path.takes_images]
+    while left:
+        ready = [name for name in left if len(known.get(projections[name].source, ("", ()))[1]) == 3]
+        if not ready:
+            break
+        for name in ready:
+            each, (path, layer, _) = projections[name], parts[name]
+            source = known[each.source][1]
+            note(each.target, name, "outputs", shape_behind(name, path, layer, source))
+            if path.kind == "linear":
+                pools = parts[name]._replace(path=path._replace(kind="pool"))
+                found = math.prod(shape_behind(name, pools.path, None, source))
+                if found != layer.in_features:
+                    raise ValueError(f"{name} has {layer.in_features} inputs, but receives {found} pixels of {source}")
+            left.remove(name)
+    for name in left:
+        sender = projections[name].source
+        if sender in known and sender != "input":
+            shape_behind(name, *parts[name][:2], known[sender][1])  # which raises
+        elif input_shape is not None:
+            shape_behind(name, *parts[name][:2], input_shape)
+    return (
+        None if left else {name: known[name][1] for name in ("input", *[each.target for each in projections.values()])}
+    )
+
+
+def check_parameters(populations: Mapping[str, nn.Module], shapes: Mapping[str, Shape]) -> None:
+    """Raises ValueError unless neurons have one number of each parameter, or one for each of them."""
+    for name, neurons in populations.items():
+        for parameter, tensor in neurons.by_name.items() if isinstance(neurons, SpikingNeurons) else ():
+            size = math.prod(shapes[name])
+            if tensor.numel() not in (1, size):
+                raise ValueError(
+                    f"{name} has {tensor.numel()} numbers {parameter}, but {size} neurons; give "
+                    f"{type(neurons).__name__}({size}, …), or one number"
+                )

@@ -47,7 +47,7 @@ def sparsify(
             each side of each layer, ``"mixer"`` in contiguous ranges and interleaved in turn; or another sparse model
             of :class:`G2GNet`, by name or as a function.
         num_groups: groups on each side of a layer; on a side with fewer neurons, one per neuron.
-        density: ``"uniform"`` or ``"erk"``, as for :class:`G2GNet`.
+        density: ``"uniform"`` or ``"erk"``, as for :class:`G2GNet`; of a convolution by its channels.
         block_size: side of a connection unit, in weights.
         skip: names of layers (as in ``model.named_modules()``) that stay dense.
         generator: source of randomness for the masks, on the CPU (PyTorch's global one if None).

@@ -14,15 +14,28 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.dispatch import Choice
 from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
-from g2g_kernels.ops.g2g_stack import Call, DenseSpikes, NeuronState, Spikes, StackState, activity_of, choose, run
+from g2g_kernels.ops.g2g_stack import (
+    Call,
+    Delay,
+    DenseSpikes,
+    NeuronState,
+    Spikes,
+    StackState,
+    activity_of,
+    choose,
+    run,
+)
 from g2g_kernels.ops.g2g_stack.activity import as_one, check_state_form, named
 from g2g_kernels.ops.g2g_stack.delays import reaches_of
+from g2g_kernels.ops.g2g_stack.images import Images, through
 from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import is_transformed, replaced
-from g2gnet.called_layers import CalledModules, OwnHook, has_hooks, step_of_called
+from g2gnet.called_layers import CalledModules, NormedModule, OwnHook, has_hooks, step_of_called
+from g2gnet.convolution import G2GConv2d
+from g2gnet.images import images_of, normed
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
-from g2gnet.projections import PopulationGraph, Projection
+from g2gnet.projections import NumberedProjection, PopulationGraph, Projection
 from g2gnet.selections import Selection, shown_of, silent_too
 from g2gnet.weights.few_bits import check_bits
 
@@ -59,6 +72,8 @@ class SpikingNetwork(PopulationGraph):
         dropout: probability with which a neuron (but of the output) is dropped in a sample, in training mode: it is
             silent at all steps, and what the others send is divided by the probability that they are kept.
             :meth:`step` drops nothing.
+        input_shape: (C, H, W) of images, if sizes are needed before the first of them comes (delays that differ between
+            neurons, parameters of each neuron, :meth:`drop`); None: that of the first.
         readout: what the network returns: ``"counts"``, the output's spikes over all steps. With ``"last"``,
             ``"mean"`` or ``"max"`` its neurons neither spike nor are reset, whatever their threshold and reset, and the
             answer is their membrane after the last step, or its mean or largest value over all steps. Their spikes,
@@ -106,10 +121,11 @@ class SpikingNetwork(PopulationGraph):
         dropout: float = 0.0,
         readout: str = "counts",
         backend: str | None = None,
+        input_shape: Sequence[int] | None = None,
     ) -> None:
         check_choice("readout", readout, READOUTS)
         steps = COUNT.check("T", T)
-        super().__init__(populations, projections, output, readout)
+        super().__init__(populations, projections, output, readout, input_shape)
         self._T, self.backend, self.dropout = steps, backend, dropout
         self._readout = readout
         self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
@@ -200,8 +216,7 @@ class SpikingNetwork(PopulationGraph):
         From ``generator``, or PyTorch's global one, on its own device. Each has 16 random bits: the probability is
         ``dropout``, rounded to a multiple of 2⁻¹⁶.
         """
-        last: Any = self._modules[self._to[-1][0].name]
-        device = next(last.parameters()).device if generator is None else generator.device
+        device = next(self.parameters()).device if generator is None else generator.device
         least = self._drops - DRAWS // 2
         drawn = []
         for neurons in self.sizes[: self.depth - 1]:
@@ -278,10 +293,18 @@ class SpikingNetwork(PopulationGraph):
         if self._readout != "counts":
             activity = self._read(activity, len(inputs) if call.steps is None else call.steps, membranes)
         activity = named(activity, self.populations)
+        if call.modules is None:
+            self._count_norms()
         if self._activity_hooks:
             for hook in list(self._activity_hooks.values()):
                 hook(inputs, activity, state)
         return activity
+
+    def _count_norms(self) -> None:
+        """Counts a batch of each norm that trains, as its module would."""
+        for module in self._modules.values():
+            if isinstance(module, nn.BatchNorm2d) and module.training and module.num_batches_tracked is not None:
+                module.num_batches_tracked.add_(1)
 
     def explain(
         self, inputs: torch.Tensor, state: StackState | None = None, chunk: int | None = None, **options: Any
@@ -296,6 +319,7 @@ class SpikingNetwork(PopulationGraph):
               not operators in turn: those of backend torch are the reference
               not modules in turn: no module has to be called
         """
+        inputs = self._flat(inputs)
         if self.training and self._dropout and options.get("dropped") is None:  # draws nothing
             shapes = [(inputs.shape[-2], size) for size in self.sizes[: self.depth - 1]]
             options["dropped"] = [torch.zeros(shape, dtype=torch.bool) for shape in shapes]
@@ -368,8 +392,8 @@ class SpikingNetwork(PopulationGraph):
             hooks: Any = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
             if (hooks or module._backward_pre_hooks) and has_hooks(module):
                 return f"{name} carries hooks"
-            forward = SpikingNeurons.forward if name in self.populations else G2GLinear.forward
-            if type(module).forward is not forward or "forward" in module.__dict__:
+            forwards = (SpikingNeurons.forward,) if name in self.populations else _FORWARDS
+            if type(module).forward not in forwards or "forward" in module.__dict__:
                 return f"{name} ({type(module).__name__}) has a forward of its own"
         return None
 
@@ -380,9 +404,18 @@ class SpikingNetwork(PopulationGraph):
         for projection in self._to[number]:
             module: Any = self._modules[projection.name]
             delay = self.delay_of(projection) if projection.most else None
+            path, source = self._paths[projection.name], (*self.populations, "input")[projection.source]
+            norm: Any = self._modules.get(f"{projection.name}_norm")
             if called:
-                bias: Any = getattr(module, "bias", True)
-                each = Connection("module", module, None, projection.source, delay, bias, onto=projection.onto)
+                bias: Any = getattr(module, "bias", True) if norm is None else True
+                images = images_of(path, module, self.shapes[source]) if path.takes_images else None
+                if norm is not None:
+                    module = NormedModule(module, norm)
+                elif path.kind == "pool":
+                    images = images and replaced(images, before=())  # which the module does
+                each = Connection("module", module, None, projection.source, delay, bias, None, projection.onto, images)
+            elif path.kind != "linear":
+                each = self._of_images(projection, module, norm, delay, scale if projection.source >= 0 else 1.0)
             else:
                 if module.bits != self._quantize:
                     raise ValueError(
@@ -392,16 +425,50 @@ class SpikingNetwork(PopulationGraph):
                 (values, mask), observer = module.observed_weights()
                 if scale != 1 and projection.source >= 0:
                     values, observer = values * scale, observer and _of_scaled(observer, scale)
-                each = Connection(
-                    "linear", values, mask, projection.source, delay, module.bias, observer, projection.onto
-                )
+                images = images_of(path, module, self.shapes[source]) if path.takes_images else None
+                own = projection.source, delay, module.bias, observer, projection.onto, images
+                each = Connection("linear", values, mask, *own)
             connections = *connections, each
         return connections
+
+    def behind_pools(self, projection: NumberedProjection, train: SpikeTrain) -> SpikeTrain:
+        """What reaches the weights of a projection of what its source sent, without gradient."""
+        path = self._paths[projection.name]
+        if not path.before or path.kind == "pool":
+            return train
+        sent = train.detach() if isinstance(train, torch.Tensor) else train.dense().detach()
+        shape: Any = self.shapes[(*self.populations, "input")[projection.source]]
+        return through(Images(shape, path.before), sent, lambda x: x, flat=False)
+
+    def _of_images(
+        self,
+        projection: NumberedProjection,
+        module: Any,
+        norm: nn.BatchNorm2d | None,
+        delay: Delay | None,
+        scale: float,
+    ) -> Connection:
+        """The connection of a convolution, its norm folded into it where that does not train, or of a pool."""
+        path, source = self._paths[projection.name], (*self.populations, "input")[projection.source]
+        values: Any = None
+        bias = of_norm = None
+        if path.kind == "convolution":
+            values, bias = module.kernels(), module.bias
+            values = values if scale == 1 else values * scale
+            if norm is not None:
+                values, bias, of_norm = normed(values, bias, norm)
+        elif scale != 1:
+            values = torch.tensor(scale, device=next(self.parameters()).device)
+        images = images_of(path, module, self.shapes[source], of_norm)
+        own = projection.source, delay, bias, None, projection.onto, images
+        return Connection(path.kind, values, None, *own)
 
     def _time_first(self, inputs: torch.Tensor, batch_first: bool | None) -> torch.Tensor:
         """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
         if not isinstance(inputs, torch.Tensor):
             check_input(inputs)
+        if inputs.dim() > 3 or self._shapes is None:
+            inputs = self._flat(inputs)
         if inputs.dim() != 3:
             return inputs
         if batch_first:
@@ -489,6 +556,7 @@ class SpikingNetwork(PopulationGraph):
             output spikes of this step [B, C], or the membranes that the readout is taken from; and the state.
         """
         check_input(x)
+        x = self._flat(x)
         self.settle()
         states, sent = self.divided(state, x.shape[-2:-1])
         recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
@@ -536,6 +604,13 @@ class SpikingNetwork(PopulationGraph):
                 f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "
                 f"T={saved}, whose T can be changed afterwards, or remove {key!r} from the state"
             )
+
+
+#: of modules that connections of operators stand for
+_FORWARDS = (
+    G2GLinear.forward, G2GConv2d.forward, nn.MaxPool2d.forward, nn.AvgPool2d.forward, nn.BatchNorm2d.forward,
+    nn.Sequential.forward,
+)  # fmt: skip
 
 
 def answer(activity: Activity) -> torch.Tensor:

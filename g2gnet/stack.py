@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from g2gnet.convolution import G2GConv2d
+from g2gnet.images import grouped, parts_of
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 from g2gnet.projections import NumberedProjection, Pair
@@ -23,7 +25,10 @@ class SpikingStack(SpikingNetwork):
     Args:
         layers: pairs (connection, neurons), from input to output, or (connection, neurons, recurrent connection), the
             last of as many inputs as outputs and without a bias. Each layer has its own model, reset and surrogate.
-        T, backend, dropout, readout: as for :class:`SpikingNetwork`.
+            Between images the connection is a :class:`G2GConv2d`, whose name is ``conv1``; pools, ``nn.Flatten`` and
+            ``nn.BatchNorm2d`` stand between pairs or, with the connection, in an ``nn.Sequential``: they are part of
+            the connection that follows. A pool alone is ``pool1``.
+        T, backend, dropout, readout, input_shape: as for :class:`SpikingNetwork`.
 
     Raises:
         ValueError: for T below 1, a dropout outside [0, 1 − 2⁻¹⁶], an unknown readout, a readout of a layer that is
@@ -47,15 +52,21 @@ class SpikingStack(SpikingNetwork):
         backend: str | None = None,
         dropout: float = 0.0,
         readout: str = "counts",
+        input_shape: Sequence[int] | None = None,
     ) -> None:
         populations, projections = chain(layers)
-        super().__init__(populations, projections, f"lif{len(populations)}", T, dropout, readout, backend)
+        output = f"lif{len(populations)}"
+        super().__init__(populations, projections, output, T, dropout, readout, backend, input_shape)
 
 
 def is_plain(net: SpikingNetwork) -> bool:
     """Whether a network is what a :class:`SpikingStack` is: layers in a chain, recurrent or not, by its names."""
     names = {f"{kind}{number + 1}" for number in range(net.depth) for kind in ("fc", "rec", "lif")}
-    return not _other_projections(net) and names.issuperset([*net.connections(), *net.populations])
+    return (
+        not _other_projections(net)
+        and all(isinstance(each, G2GLinear) for each in net.connections().values())
+        and names.issuperset([*net.connections(), *net.populations])
+    )
 
 
 def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeurons, G2GLinear | None]]:
@@ -63,6 +74,7 @@ def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeu
     ValueError names the first of these, and the format (``where``)."""
     if not isinstance(net, SpikingNetwork):
         raise ValueError(f"{where} takes a SpikingStack, a G2GNet or a SpikingNetwork, not a {type(net).__name__}")
+    net.check_linear(where)
     for each in _other_projections(net):
         raise ValueError(
             f"{where} has no form for {each.name}, with delays up to {each.most} steps from population "
@@ -89,18 +101,17 @@ def chain(layers: Iterable[Pair | RecurrentLayer]) -> tuple[dict[str, nn.Module]
     """Populations ``lif1``, … and projections ``fc1``, ``rec1``, … of layers."""
     if not isinstance(layers, Iterable):
         raise TypeError(f"layers is a {type(layers).__name__}; give a list of pairs (connection, neurons)")
-    layers = list(layers)
-    if not layers:
+    parts = grouped(layers)
+    if not parts:
         raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
     populations: dict[str, nn.Module] = {}
     projections: dict[str, Projection] = {}
     source = "input"
-    for number, layer in enumerate(layers, 1):
-        if not isinstance(layer, tuple | list) or len(layer) < 2:
-            raise TypeError(f"layer {number} is a {type(layer).__name__}; give a pair (connection, neurons)")
-        connection, neurons, *recurrent = layer
+    for number, (modules, (neurons, *recurrent)) in enumerate(parts, 1):
+        connection = modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+        kind = {"convolution": "conv", "pool": "pool"}.get(parts_of(f"layer {number}", connection).path.kind, "fc")
         target = f"lif{number}"
-        populations[target], projections[f"fc{number}"] = neurons, Projection(source, target, connection)
+        populations[target], projections[f"{kind}{number}"] = neurons, Projection(source, target, connection)
         if recurrent:
             _check_recurrent(number, neurons, recurrent)
             projections[f"rec{number}"] = Projection(target, target, recurrent[0], delay=1)
@@ -111,10 +122,11 @@ def chain(layers: Iterable[Pair | RecurrentLayer]) -> tuple[dict[str, nn.Module]
 def _check_recurrent(number: int, neurons: nn.Module, recurrent: Sequence[Any]) -> None:
     """Raises unless what follows the neurons of layer ``number`` is one recurrent connection."""
     name = f"rec{number}"
-    if len(recurrent) > 1 or not isinstance(recurrent[0], G2GLinear):
+    if len(recurrent) > 1 or not isinstance(recurrent[0], G2GLinear | G2GConv2d):
         what = " and ".join(type(each).__name__ for each in recurrent)
         raise TypeError(f"{name} is {what}; give one G2GLinear from the layer's neurons to themselves")
     if recurrent[0].bias is not None:
-        raise ValueError(f"{name} has a bias; give G2GLinear(mask, bias=False): fc{number} has the layer's bias")
+        kind = type(recurrent[0]).__name__
+        raise ValueError(f"{name} has a bias; give {kind}(…, bias=False): the layer's connection has its bias")
     if not isinstance(neurons, SpikingNeurons):
         raise TypeError(f"lif{number} is a {type(neurons).__name__}; a recurrent layer takes steps of g2gnet's neurons")

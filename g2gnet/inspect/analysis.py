@@ -160,6 +160,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
         >>> [layer.name for layer in analysis.layers]
         ['lif1', 'lif2', 'lif3']
     """
+    net.check_linear("analyze_network")
     connections = [connection for connection, _ in net.layers()]
     outputs: list[list[SpikeSums]] = [[] for _ in connections]
     inputs: list[list[SpikeSums]] = [[] for _ in connections]

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2g_kernels import Activity, BlockMask, GroupLayout
 from g2gnet.inspect import NetworkAnalysis, group_density
+from g2gnet.layers import G2GLinear
 from g2gnet.projections import cycles_of
 from g2gnet.spiking_network import SpikingNetwork
 
@@ -67,9 +68,11 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
         ['lif1', 'lif2', 'lif3']
     """
-    connections, names, layouts = net.connections(), net.populations, {}
+    connections, names = net.connections(), net.populations
+    layouts = {name: GroupLayout(size, 1) for name, size in zip(names, net.sizes, strict=False)}
     for each in net.projections()[::-1]:  # the first one that leads to a population says its groups
-        layouts[names[each.target]] = connections[each.name].mask.rows.layout
+        if isinstance(connections[each.name], G2GLinear):
+            layouts[names[each.target]] = connections[each.name].mask.rows.layout
     trains = zip(names, activity.spikes, strict=True)
     return [Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[name]) for name, spikes in trains]
 
@@ -324,6 +327,7 @@ def population_graph(net: SpikingNetwork) -> Figure:
         >>> net = G2GNet(784, [64, 32], 10, block_size=8, feedback=True, delay=4)
         >>> population_graph(net).savefig("populations.png")
     """
+    net.check_linear("population_graph")
     connections, cycles = net.connections(), cycles_of(net.projections(), net.depth)
     names = [name if len(name) <= NAME else f"{name[: NAME - 1]}…" for name in ("input", *net.populations)]
     column = max(COLUMN, LETTER * max(map(len, names)) + 0.2)

@@ -1,4 +1,5 @@
-"""Networks of ``nn.Linear`` and snnTorch's ``Leaky``, ``Synaptic``, ``RLeaky``, ``RSynaptic`` as g2g stacks, and back.
+"""Networks of ``nn.Linear`` and snnTorch's ``Leaky``, ``Synaptic``, ``RLeaky``, ``RSynaptic`` as g2g stacks, and back;
+those with ``nn.Conv2d``, pools and ``nn.BatchNorm2d`` as stacks only.
 
 Weights, masks, biases, the neurons' parameters and their learnability, reset and surrogate are converted; the spikes
 are equal. A mask of ``torch.nn.utils.prune`` has only single weights: the argument ``masks`` restores groups and larger
@@ -6,6 +7,7 @@ units. Recurrent neurons of snnTorch contain their connection V, whose bias is p
 ``RLeaky`` differs from ours: it is refused on both sides.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +21,7 @@ from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
 from g2gnet.base.optional import optional_package
+from g2gnet.convolution import G2GConv2d
 from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -47,15 +50,20 @@ def from_snntorch(
     backend: str | None = None,
     readout: str | None = None,
 ) -> SpikingStack:
-    """The stack that computes what the ``nn.Linear`` layers and neurons of ``model`` compute in turn at each step.
+    """The stack that computes what the layers and neurons of ``model`` compute in turn at each step.
 
     The layers are taken in the order in which the model registered them (the order of ``model.named_modules()``);
-    ``nn.Flatten`` and ``nn.Identity`` are skipped. Anything added by the model's own ``forward`` is ignored.
+    ``nn.Identity`` is skipped. Anything added by the model's own ``forward`` is ignored, even ``F.max_pool2d``: make
+    it a module. A norm that the model trains takes the statistics of each step, the stack's those of all steps;
+    in evaluation they are the same.
 
     Args:
-        model: alternates ``nn.Linear`` and ``snn.Leaky``, ``snn.Synaptic``, ``snn.RLeaky`` or ``snn.RSynaptic``.
-        masks: by name of an ``nn.Linear``, also a recurrent one (``"lif1.recurrent"``), the weights that exist, as for
-            :meth:`G2GLinear.from_linear`. Other layers have the mask of ``torch.nn.utils.prune``, or every weight.
+        model: alternates ``nn.Linear`` or ``nn.Conv2d`` and ``snn.Leaky``, ``snn.Synaptic``, or behind ``nn.Linear``
+            ``snn.RLeaky`` or ``snn.RSynaptic``. Pools and ``nn.Flatten`` may stand between any two of them,
+            ``nn.BatchNorm2d`` directly behind a convolution.
+        masks: by name of an ``nn.Linear``, also a recurrent one (``"lif1.recurrent"``), or of an ``nn.Conv2d``, what
+            exists, as for :meth:`G2GLinear.from_linear` and :meth:`G2GConv2d.from_conv2d`. Others have the mask of
+            ``torch.nn.utils.prune``, or every weight.
         T, backend: of the stack; a model does not say for how many steps inputs [B, D] are held.
         readout: of the stack: ``"counts"``, or a readout of the membranes of the last neurons, which need
             ``reset_mechanism="none"``. None: counts, refused for neurons without a reset.
@@ -73,20 +81,30 @@ def from_snntorch(
     snn = optional_package("snntorch", "interop")
     linears: dict[str, Any] = {}
     neurons: dict[str, Any] = {}
+    parts: list[Any] = []  # of the next connection, a layer by its name
+    connections: list[list[Any]] = []
     kinds = tuple(getattr(snn, kind) for kind in _MODELS)
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in neurons):
             continue  # part of recurrent neurons
-        if isinstance(module, (nn.Linear, *kinds)):
+        if isinstance(module, (nn.Linear, nn.Conv2d, *kinds)):
             linear_next = len(linears) == len(neurons)
-            if isinstance(module, nn.Linear) != linear_next:
+            if isinstance(module, nn.Linear | nn.Conv2d) != linear_next:
                 expected = "nn.Linear" if linear_next else _KINDS
                 raise ValueError(f"{name} is a {type(module).__name__}, but {expected} should come next")
             (linears if linear_next else neurons)[name] = module
-        elif not list(module.children()) and not isinstance(module, nn.Flatten | nn.Identity):
+            if linear_next:
+                parts.append(name)
+            else:
+                connections.append(parts)
+                parts = []
+        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d | nn.BatchNorm2d | nn.Flatten):
+            parts.append(copy.deepcopy(module))
+        elif not list(module.children()) and not isinstance(module, nn.Identity):
             raise ValueError(
-                f"{name or 'the model'} is a {type(module).__name__}; from_snntorch takes networks of nn.Linear and "
-                f"{_KINDS}. G2GLinear, LIF and Synaptic can be put into a model of another form one by one"
+                f"{name or 'the model'} is a {type(module).__name__}; from_snntorch takes networks of nn.Linear, "
+                f"nn.Conv2d, pools and {_KINDS}. G2GLinear, LIF and Synaptic can be put into a model of another form "
+                "one by one"
             )
     if not linears or len(linears) != len(neurons):
         raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the other")
@@ -96,10 +114,14 @@ def from_snntorch(
         known = ", ".join([*linears, *recurrents])
         raise ValueError(f"masks names {', '.join(sorted(unknown))}; the linear layers are {known}")
     layers: list[Any] = []
-    for (name, linear), (neurons_name, theirs) in zip(linears.items(), neurons.items(), strict=True):
+    for (name, linear), (neurons_name, theirs), own in zip(linears.items(), neurons.items(), connections, strict=True):
         connection = _connection_from(name, linear, masks.get(name), backend)
-        layers.append([connection, _neurons_from(neurons_name, theirs, connection, backend)])
+        modules = [connection if isinstance(each, str) else each for each in own]
+        joined = connection if len(modules) == 1 else nn.Sequential(*modules)
+        layers.append([joined, _neurons_from(neurons_name, theirs, connection, backend)])
         if hasattr(theirs, "recurrent"):
+            if isinstance(connection, G2GConv2d):
+                raise ValueError(f"{neurons_name} is recurrent behind a convolution; from_snntorch has no form for it")
             mask = masks.get(f"{neurons_name}.recurrent")
             layers[-1].append(_recurrent_from(neurons_name, theirs, connection, mask))
     readout = _readout_of(neurons_name, theirs, readout)  # of the last neurons
@@ -191,8 +213,12 @@ def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | 
     return recurrent
 
 
-def _connection_from(name: str, linear: nn.Linear, mask: Mask | None, backend: str | None) -> G2GLinear:
+def _connection_from(name: str, linear: Any, mask: Mask | None, backend: str | None) -> Any:
     weight: torch.Tensor = getattr(linear, "weight_orig", linear.weight)  # of torch.nn.utils.prune
+    if isinstance(linear, nn.Conv2d):
+        check_tensor("weight", weight, of=f" of {name}")
+        numbers(f"{name}: weight", weight.flatten(1))
+        return G2GConv2d.from_conv2d(linear, mask, backend)
     check_tensor("weight", weight, of=f" of {name}")
     size = len(numbers(f"{name}: weight", weight))
     if linear.bias is not None:
@@ -200,7 +226,7 @@ def _connection_from(name: str, linear: nn.Linear, mask: Mask | None, backend: s
     return G2GLinear.from_linear(linear, mask, backend)
 
 
-def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | None) -> SpikingNeurons:
+def _neurons_from(name: str, theirs: Any, connection: Any, backend: str | None) -> SpikingNeurons:
     snn = optional_package("snntorch", "interop")
     kind = next(kind for kind in _MODELS if isinstance(theirs, getattr(snn, kind)))
     model = _MODELS[kind]
@@ -222,11 +248,13 @@ def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | 
     neurons = NEURONS[model](reset=theirs.reset_mechanism, surrogate=surrogate, alpha=alpha, backend=backend, **learned)
     for parameter, value in values.items():
         check = check_parameter if parameter == "threshold" else FINITE
-        shape = numbers(f"{name}: {parameter}", value, connection.out_features, check).shape
+        # of an image, whose size is not known yet, one number or one of each neuron
+        size = connection.out_features if isinstance(connection, G2GLinear) else value.numel()
+        shape = numbers(f"{name}: {parameter}", value, size, check).shape
         # a whole number makes it an integer there
         dtype = value.dtype if value.is_floating_point() else torch.float32
         mine = neurons.by_name[parameter]
-        mine.data = value.detach().to(connection.values.device, dtype, copy=True).reshape(shape)
+        mine.data = value.detach().to(next(connection.parameters()).device, dtype, copy=True).reshape(shape)
         mine.requires_grad_(value.requires_grad)
     return neurons
 

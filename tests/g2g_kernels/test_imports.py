@@ -27,6 +27,7 @@ LAYERS = {
         ("base",),
         ("weights",),
         ("layers", "convolution", "neurons", "encoding", "sequences", "data"),
+        ("images",),
         ("graphs", "called_layers", "selections"),
         ("projections",),
         ("spiking_network",),

@@ -104,7 +104,7 @@ WRONG_VALUES = [
     (lambda: G2GLinear.from_scipy(MATRIX, bias=[0.0, float("nan"), 0, 0]), "bias has numbers that are .* not finite"),
     (lambda: G2GLinear.from_scipy(MATRIX, bias=np.full(4, 1e39)), "or that a float32 does not hold"),
     (lambda: layer(bias=[0.0] * 4), r"bias=\[0.0.* must be True or False"),
-    (lambda: SpikingStack([(layer(), LIF(5))]), r"lif1 has 5 numbers beta, but 4 neurons for fc1; give LIF\(4, …\)"),
+    (lambda: SpikingStack([(layer(), LIF(5))]), r"lif1 has 5 numbers beta, but 4 neurons; give LIF\(4, …\)"),
     # of neurons
     (lambda: LIF(reset="soft"), "reset='soft' is unknown; choose one of subtract, zero, none"),
     (lambda: LIF(surrogate="soft"), "surrogate='soft' is unknown; choose one of atan"),
@@ -134,7 +134,7 @@ WRONG_TYPES = [
     (lambda: LIF(tau=20.0), "needs dt"),
     (lambda: LIF(dt=1.0), "dt=1.0 is the step of tau, tau_syn, tau_adapt, refractory; give one of these, or no dt"),
     (lambda: LIF(tau=20.0, dt=1.0, beta=0.9), "the same parameter"),
-    (lambda: SpikingStack([(nn.Conv2d(1, 8, 3), LIF())]), "fc1 is a Conv2d; a network joins G2GLinear layers"),
+    (lambda: SpikingStack([(nn.Conv2d(1, 8, 3), LIF())]), "layer 1 is a Conv2d; give G2GConv2d.from_conv2d"),
     (lambda: SpikingStack(layer()), "layers is a G2GLinear; give a list of"),
     (lambda: SpikingStack((layer(), LIF())), "layer 1 is a G2GLinear; give"),
     (lambda: SpikingStack([(layer(), LIF(), nn.Linear(4, 4))]), "rec1 is Linear; give one G2GLinear"),

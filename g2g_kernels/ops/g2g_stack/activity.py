@@ -1,14 +1,17 @@
 """The activity of spiking populations: counts, rates, spikes in a backend's own form, synaptic operations."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.ops.g2g_stack.delays import LateSpikes
-from g2g_kernels.ops.g2g_stack.population import Call, reaches, sent_before
+from g2g_kernels.ops.g2g_stack.delays import Delay, LateSpikes
+from g2g_kernels.ops.g2g_stack.images import convolved, through
+from g2g_kernels.ops.g2g_stack.population import Call, Connection, reaches, sent_before
 from g2g_kernels.tracing import replaced
 
 #: of a population: the membrane [B, N] of a model with no other state, else its states in order, the membrane last
@@ -62,19 +65,21 @@ class Synapses:
     graph of autograd.
 
     Args:
-        call: the run; its connections are linear.
+        call: the run; modules are not in it.
         spikes: what each population sent.
     """
 
     def __init__(self, call: Call, spikes: Sequence[Spikes]) -> None:
         self._x, self._steps = call.x.detach(), call.steps
-        #: to each population: values and mask of a connection, its source, and what arrives late
-        self._received: list[list[tuple[torch.Tensor, BlockMask, int, LateSpikes | None]]] = []
+        #: to each population: connections, and what arrives late, or in an image
+        self._received: list[list[tuple[Connection, LateSpikes | None]]] = []
         reach: list[int] = []
         for population in call.populations:
             received = []
-            for _, values, mask, source, delay, *_ in population.connections:
-                late = None
+            for each in population.connections:
+                late, source, delay = None, each.source, each.delay
+                if each.images is not None and delay is None:
+                    delay = Delay(0, 0)
                 if delay is not None and source < 0:
                     late = LateSpikes(call.x, delay, call.before, call.steps)
                 elif delay is not None:
@@ -83,7 +88,8 @@ class Synapses:
                     with torch.no_grad():
                         earlier = sent_before(call.populations[source], reach[source], call.x.dtype)
                     late = LateSpikes(train.dense() if isinstance(train, DenseSpikes) else train, delay, earlier)
-                received.append((values.detach(), mask, source, late))
+                values = None if each.values is None else each.values.detach()
+                received.append((replaced(each, values=values), late))
             self._received.append(received)
         self._then = self._now()
 
@@ -91,9 +97,10 @@ class Synapses:
         """What differs after something that is counted has changed."""
         tensors, now = [self._x], list[object]()
         for received in self._received:
-            for values, mask, _, late in received:
-                tensors += [values] if late is None else [values, *late.tensors]
-                now.append(mask.changes)
+            for each, late in received:
+                tensors += [] if each.values is None else [each.values]
+                tensors += [] if late is None else late.tensors
+                now.append(each.mask and each.mask.changes)
         for tensor in tensors:
             if not tensor.is_inference():  # those of inference mode have no version
                 now.append(tensor._version)
@@ -117,11 +124,26 @@ class Synapses:
         counted = []
         for connections in self._received:
             totals = [0, 0, 0]
-            for values, mask, source, late in connections:
-                received = sent[source] if late is None else (late.dense() != 0).sum((0, 1))
-                totals[int(source < 0 and not spiking)] += int((received * _fan_out(values, mask)).sum())
+            for each, late in connections:
+                source, images = each.source, each.images
                 rows = len(x) if source < 0 and late is None else vectors
-                totals[2] += rows * mask.shape[0] * mask.shape[1]
+                multiplies = source < 0 and not spiking
+                if images is None:
+                    received = sent[source] if late is None else (late.dense() != 0).sum((0, 1))
+                    fan_out, dense = _fan_out(each.values, each.mask), each.mask.shape[0] * each.mask.shape[1]
+                elif each.kind == "pool":
+                    continue
+                else:
+                    assert late is not None
+                    held = self._x if source < 0 and each.delay is None and self._steps else None
+                    seen = late.dense() if held is None else held[None]
+                    rows = math.prod(seen.shape[:2])
+                    seen = through(replaced(images, norm=None, after=()), seen, lambda x: x, flat=False)
+                    multiplies = bool(((seen != 0) & (seen.abs() != 1)).any())
+                    received = (seen != 0).sum((0, 1))
+                    fan_out, dense = _fan_out_of_images(each)
+                totals[int(multiplies)] += int((received * fan_out).sum())
+                totals[2] += rows * dense
             counted.append(SynapticOperations(*totals))
         return tuple(counted)
 
@@ -132,6 +154,21 @@ def _fan_out(values: torch.Tensor, mask: BlockMask) -> torch.Tensor:
     per_place = per_unit.new_zeros(mask.cols.num_units, mask.cols.width)
     per_place.index_add_(0, mask.unit_col.long(), per_unit)
     return per_place.flatten()[mask.cols.place_of]
+
+
+def _fan_out_of_images(connection: Connection) -> tuple[torch.Tensor, int]:
+    """:func:`_fan_out` behind the pools of a connection of images, and the sum of that if no weight were zero."""
+    images, values = connection.images, connection.values
+    assert images is not None
+    if connection.kind == "linear":
+        return _fan_out(values, connection.mask), connection.mask.shape[0] * connection.mask.shape[1]
+    found = []
+    for weight in (values != 0, torch.ones_like(values, dtype=torch.bool)):
+        pixels = torch.zeros(1, *convolved(images), dtype=torch.float64, device=values.device, requires_grad=True)
+        with torch.enable_grad():
+            met = F.conv2d(pixels, weight.double(), None, *images.convolution or ()).sum()
+        found.append(torch.autograd.grad(met, pixels)[0].flatten().long())
+    return found[0], int(found[1].sum())
 
 
 class PerPopulation(tuple[Any, ...]):

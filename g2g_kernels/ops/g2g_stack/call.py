@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 
 from g2g_kernels.ops.flops import count_flops, product_flops
-from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_stack.checks import check_ends
 from g2g_kernels.ops.g2g_stack.population import ONE_STEP, Call, Connection, Population, expected_of, total_steps
-from g2g_kernels.ops.g2g_stack.reference import in_turn
+from g2g_kernels.ops.g2g_stack.reference import PRODUCTS, in_turn
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
 from g2g_kernels.tracing import replaced
@@ -159,7 +158,7 @@ def operator_of(
 def _plain(call: StackCall) -> list[torch.Tensor]:
     """Counts, rates, last states, membranes and spikes by plain operations."""
     plain = Call(call.x, call.populations, call.steps or None, spikes=True)
-    activity = in_turn(plain, linear.g2g_linear, in_steps)
+    activity = in_turn(plain, PRODUCTS, in_steps)
     assert activity.states is not None
     membranes = [each for each in activity.membranes or () if each is not None]
     spikes = [each.dense() for each in activity.spikes] if call.spikes else []

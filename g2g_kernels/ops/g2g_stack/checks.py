@@ -8,12 +8,13 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.g2g_stack.delays import check_delay
+from g2g_kernels.ops.g2g_stack.images import check_images, ends_of
 from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, components, reaches, size_of
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.tracing import replaced
 
 #: what a connection may be
-KINDS = ("linear",)
+KINDS = ("linear", "convolution", "pool")
 
 
 def checked(call: Call) -> Call:
@@ -38,7 +39,10 @@ def checked(call: Call) -> Call:
             check_choice(f"kind of a connection to population {number}", each.kind, KINDS)
             if each.onto is not None:
                 check_choice(f"onto of a connection to population {number}", each.onto, ("membrane",))
-            check_connection(f" of a connection to population {number}", each.values, each.mask, each.bias)
+            if each.kind == "linear":
+                check_connection(f" of a connection to population {number}", each.values, each.mask, each.bias)
+            if each.kind != "linear" or each.images is not None:
+                check_images(f" to population {number}", each)
     with_tensors = []
     for number, population in enumerate(populations):
         suffix = f" of population {number}"
@@ -63,7 +67,15 @@ def checked(call: Call) -> Call:
         _check_like("before", call.before, x)
         if not reaches(with_tensors)[-1]:
             raise ValueError("before is given, but no delay reads inputs of earlier steps; leave it out")
-    components(with_tensors)
+    for component in components(with_tensors):
+        inside = component.members if component.period else ()
+        for number in inside:
+            for each in populations[number].connections:
+                if each.source in inside and each.images is not None and each.images.norm:
+                    raise ValueError(
+                        f"a connection to population {number} is on a cycle and has a norm that trains, whose "
+                        "statistics are of all steps; leave the norm out, or call it in evaluation mode"
+                    )
     return call
 
 
@@ -95,6 +107,8 @@ def check_chunk(chunk: int, call: Call) -> None:
         raise ValueError(
             f"chunk={chunk} does not keep the spikes over time that spikes=True gives a gradient; give one of them"
         )
+    if any(each.images is not None and each.images.norm for of in call.populations for each in of.connections):
+        raise ValueError(f"chunk={chunk} has no statistics of all steps, which a norm that trains takes; leave it out")
     if any(population.membranes for population in call.populations):
         raise ValueError(f"chunk={chunk} does not keep the membranes that a population is to give; leave it out")
     delays = [each.delay for population in call.populations for each in population.connections]
@@ -109,7 +123,7 @@ def check_chunk(chunk: int, call: Call) -> None:
 
 def _check_ends(number: int, connection: Connection, sizes: Sequence[int | None]) -> None:
     """Raises ValueError unless a connection joins its source to population ``number``; sizes: the inputs' last."""
-    source, (outputs, inputs), suffix = connection.source, connection.mask.shape, f" to population {number}"
+    source, (outputs, inputs), suffix = connection.source, ends_of(connection), f" to population {number}"
     if isinstance(source, bool) or not isinstance(source, int) or not -1 <= source < len(sizes) - 1:
         raise ValueError(
             f"a connection{suffix} has the source {source}; give a population's number below {len(sizes) - 1}, or −1 "

@@ -103,6 +103,7 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
         index
         for population in call.populations
         for connection in population.connections
+        if connection.mask is not None
         for index in connection.mask.tensors()
     ]
     counts, rates, states, sent = built(of_results, Recomputed.apply(again, again, indices, *tensors))

@@ -38,7 +38,7 @@ from g2g_kernels.ops.record import TYPES, Expected, RecordOperator, opened
 from g2g_kernels.tracing import is_traced, replaced
 
 #: fields that the kernels do not read
-UNREAD = unread([name for name in (*Population._fields, *Connection._fields) if name != "membranes"])
+UNREAD = unread([name for name in (*Population._fields, *Connection._fields) if name not in ("membranes", "images")])
 #: what ``G2G_CPU_NEURONS`` makes of ``VISIT_COST``
 FORCED = {"reached": 0.0, "all": float("inf")}
 

@@ -129,7 +129,7 @@ def refuses(call: Call) -> str | None:
 
 def g2g_graph(call: Call) -> Activity:
     """``g2g_stack`` for populations of any graph."""
-    x, given = call.x, GraphRun(call, functions_of(call.populations, g2g_linear, neurons))
+    x, given = call.x, GraphRun(call, functions_of(call.populations, {"linear": g2g_linear}, neurons))
     populations, currents = [], []
     for number, population in enumerate(call.populations):
         current, connections = given.current(number, 0, given.steps, lambda source: source < 0), []

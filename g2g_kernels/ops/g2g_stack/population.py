@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.ops.g2g_stack.delays import Delay, late_of, reaches_of
+from g2g_kernels.ops.g2g_stack.images import Images, ends_of
 from g2g_kernels.ops.g2g_stack.schedule import Component, Graph, components_of
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import spikes_of
@@ -19,17 +20,22 @@ class Connection(NamedTuple):
     """What joins a source to the neurons of a population.
 
     Attributes:
-        kind: ``"linear"``; or ``"module"``, which only modules called in turn take: it is what a module returns.
-        values: packed weights [num_units, unit_rows, unit_cols]; the module.
-        mask: the units that exist; inside operators its tensors; of a module None.
+        kind: ``"linear"``, ``"convolution"`` or ``"pool"``; or ``"module"``, which only modules called in turn take: it
+            is what a module returns.
+        values: packed weights [num_units, unit_rows, unit_cols]; of a convolution its dense weight; of a pool a number
+            [] that what it gives is multiplied by, or None; the module.
+        mask: the units that exist; inside operators its tensors; of others than linear ones None.
         source: the number of the population whose spikes it receives, which may be a later one or the target itself;
             −1: it receives the inputs of the whole network.
         delay: by how many steps they arrive later; None: in the same step.
-        bias: [N], which acts at every step; or None. (A module is called before anything arrives unless this is None.)
+        bias: [N], of a convolution [C], which acts at every step; or None. (A module is called before anything arrives
+            unless this is None.)
         observer: called with x and W·x + b, in each step where populations take steps; returns the latter, perhaps by a
             node that finds its gradient; or None. Operators then run in turn; in chunks, it is called with gradients in
             the backward pass.
         onto: ``"membrane"``: it adds to that, though the model has a synaptic current; None: to the current.
+        images: in which the source's neurons lie, of a convolution, a pool, or a linear connection that has pools
+            before it; or None.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -45,6 +51,7 @@ class Connection(NamedTuple):
     bias: torch.Tensor | None = None
     observer: ProductObserver | None = None
     onto: str | None = None
+    images: Images | None = None
 
 
 class Population(NamedTuple):
@@ -114,7 +121,7 @@ class Call(NamedTuple):
 
 def size_of(population: Population) -> int:
     """The number of its neurons."""
-    return population.connections[0].mask.shape[0]
+    return ends_of(population.connections[0])[0]
 
 
 def state_shape(population: Population, batch: int) -> tuple[int, int, int]:
@@ -131,7 +138,7 @@ def expected_of(populations: Sequence[Population], batch: int) -> Expected:
         yield f"sent{of}", sent, () if sent is None else (len(sent), *shape[1:]), torch.float32
         yield from population.neurons.expected(shape[2], of)
         for each in population.connections:
-            to, (outputs, inputs) = f" of a connection to population {number}", each.mask.shape
+            to, (outputs, inputs) = f" of a connection to population {number}", ends_of(each)
             yield f"values{to}", each.values, each.values.shape, torch.float32
             yield f"bias{to}", each.bias, (outputs,), torch.float32
             if each.delay is not None:

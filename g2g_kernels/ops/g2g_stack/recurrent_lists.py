@@ -96,6 +96,8 @@ def loop_of(number: int, population: Population, backend: str | None = "cpu") ->
     own = [each for each in population.connections if each.source == number]
     if population.membranes or len(own) != 1 or own[0].delay != ONE_STEP or own[0].bias is not None:
         return None
+    if own[0].images is not None:
+        return None
     (recurrent,) = own
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():
         return None
@@ -254,4 +256,4 @@ def refuses(call: Call) -> str | None:
 
 def g2g_lists(call: Call) -> Activity:
     """``g2g_stack`` population by population."""
-    return in_turn(call, g2g_linear, partial(in_float32, neurons), loop_of)
+    return in_turn(call, {"linear": g2g_linear}, partial(in_float32, neurons), loop_of)

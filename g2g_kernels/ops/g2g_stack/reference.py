@@ -4,16 +4,18 @@ other, its product with the inputs excepted. So do the neurons of a population w
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from g2g_kernels.ops.checks import mixed_dtypes
+from g2g_kernels.ops.g2g_conv2d.reference import g2g_conv2d
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.delays import Train, arrived
+from g2g_kernels.ops.g2g_stack.images import through
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
@@ -33,13 +35,19 @@ def refuses(call: Call) -> str | None:
     """Why even these operations cannot serve a call, or None."""
     for population in call.populations:
         for each in population.connections:
-            if reason := mixed_dtypes(call.x, each.values, each.bias):
+            if each.kind != "pool" and (reason := mixed_dtypes(call.x, each.values, each.bias)):
                 return reason
     return None
 
 
 def g2g_stack(call: Call) -> Activity:
-    return in_turn(call, g2g_linear, neurons)
+    return in_turn(call, PRODUCTS, neurons)
+
+
+#: the operator of each kind of connection with weights
+Products = Mapping[str, Callable]
+#: by plain operations
+PRODUCTS: Products = {"linear": g2g_linear, "convolution": g2g_conv2d}
 
 
 class PopulationFunctions(NamedTuple):
@@ -73,26 +81,40 @@ class Turn(NamedTuple):
     sent: list[torch.Tensor | None]
 
 
-def in_turn(call: Call, linear: Callable, neurons: Callable, loop_of: Callable | None = None) -> Activity:
-    """A run by two operators, or by what ``loop_of(number, population)`` gives, unless that is None."""
-    turn = GraphRun(call, functions_of(call.populations, linear, neurons, loop_of)).turn()
+def in_turn(call: Call, operators: Products, neurons: Callable, loop_of: Callable | None = None) -> Activity:
+    """A run by operators, or by what ``loop_of(number, population)`` gives, unless that is None."""
+    turn = GraphRun(call, functions_of(call.populations, operators, neurons, loop_of)).turn()
     return activity_of(*turn, differentiable=call.spikes)
 
 
 def functions_of(
-    populations: Sequence[Population], linear: Callable, neurons: Callable, loop_of: Callable | None = None
+    populations: Sequence[Population], operators: Products, neurons: Callable, loop_of: Callable | None = None
 ) -> list[PopulationFunctions]:
     """Populations as functions of these operators."""
     functions = []
     for number, population in enumerate(populations):
-        products = [partial(_product, linear, connection) for connection in population.connections]
+        products = [partial(_product, operators, connection) for connection in population.connections]
         loop, run = None if loop_of is None else loop_of(number, population), partial(_neurons, neurons, population)
         functions.append(PopulationFunctions(size_of(population), products, run, loop))
     return functions
 
 
-def _product(linear: Callable, connection: Connection, x: torch.Tensor) -> torch.Tensor:
-    y = linear(x, connection.values, connection.mask, connection.bias)
+def _product(operators: Products, connection: Connection, x: torch.Tensor) -> torch.Tensor:
+    values, images = connection.values, connection.images
+    if images is None:
+        return _linear(operators, connection, x)
+    if connection.kind == "linear":
+        return through(images, x, partial(_linear, operators, connection), flat=True)
+    if images.convolution is not None:
+        convolution = operators["convolution"]
+        return through(
+            images, x, lambda x: convolution(x, values, connection.bias, *images.convolution or ()), flat=False
+        )
+    return through(images, x, lambda x: x if values is None else x * values, flat=False)
+
+
+def _linear(operators: Products, connection: Connection, x: torch.Tensor) -> torch.Tensor:
+    y = operators["linear"](x, connection.values, connection.mask, connection.bias)
     return y if connection.observer is None else connection.observer(x, y)
 
 
@@ -214,7 +236,7 @@ class GraphRun:
             elif (received := arrived(self.trains[source], delay, first, last)) is not None:
                 # where populations take single steps, what they receive has no time axis
                 added = product(received) if delay is None or len(received) > 1 else product(received[0])[None]
-            elif connection.bias is not None:
+            elif connection.bias is not None or (connection.images is not None and connection.images.norm):
                 added = product(self.trains[source].nothing())
             else:
                 continue

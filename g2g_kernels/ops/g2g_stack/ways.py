@@ -5,6 +5,7 @@ backend; ``g2gnet`` adds its modules in turn; and the reference. What is true be
 choice (:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
 """
 
+import math
 import os
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -15,6 +16,8 @@ import torch
 
 from g2g_kernels.dispatch import ANY, BACKENDS, Choice, Operator, Way, forced_backend, listed
 from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.ops.g2g_conv2d import g2g_conv2d
+from g2g_kernels.ops.g2g_conv2d import operator as convolution_operator
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import operator as linear_operator
 from g2g_kernels.ops.g2g_stack import cpu, events, graph, recurrent_lists, reference
@@ -22,6 +25,7 @@ from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Synapses
 from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked, checked_sparse
 from g2g_kernels.ops.g2g_stack.chunks import SparseSteps, in_chunks
 from g2g_kernels.ops.g2g_stack.delays import Train, arrived
+from g2g_kernels.ops.g2g_stack.images import convolved
 from g2g_kernels.ops.g2g_stack.population import Call, reaches, size_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import in_turn
 from g2g_kernels.ops.neurons import MODELS, run_neurons
@@ -52,8 +56,13 @@ def refuses_operators(call: Call) -> str | None:
     asked: list[tuple[Operator, tuple[Any, ...]]] = []
     for population in call.populations:
         for each in population.connections:
-            received = call.x if each.source < 0 else like.expand(*call.x.shape[:-1], each.mask.shape[1])
-            asked.append((linear_operator, (received, each.values, each.mask, each.bias)))
+            if each.kind == "linear":
+                at_once = each.source < 0 and each.images is None
+                received = call.x if at_once else like.expand(*call.x.shape[:-1], each.mask.shape[1])
+                asked.append((linear_operator, (received, each.values, each.mask, each.bias)))
+            elif each.images is not None and each.images.convolution is not None:
+                received = like.expand(math.prod(call.x.shape[:-1]), *convolved(each.images))
+                asked.append((convolution_operator, (received, each.values, each.bias, *each.images.convolution)))
         if forced:
             current = like.expand(total_steps(call), call.x.shape[-2], size_of(population))
             to_membrane = current if any([each.onto for each in population.connections]) else None
@@ -67,13 +76,18 @@ def refuses_operators(call: Call) -> str | None:
     return f"no other backend serves them ({'; '.join(listed(reasons))})" if serving == {"torch"} else None
 
 
+#: of each kind of connection with weights
+OPERATORS: reference.Products = {"linear": g2g_linear, "convolution": g2g_conv2d}
+
+
 def run_operators(call: Call) -> Activity:
     """Population by population, by operators that find their own backends."""
     backend = call.backend
-    linear, neurons = partial(g2g_linear, backend=backend), partial(run_neurons, backend=backend)
+    products: reference.Products = {name: partial(each, backend=backend) for name, each in OPERATORS.items()}
+    neurons = partial(run_neurons, backend=backend)
     neurons = partial(cpu.in_float32, neurons) if backend == "cpu" else neurons
     loop_of = None if call.plain else partial(recurrent_lists.loop_of, backend=backend)
-    return in_turn(call, linear, neurons, loop_of)
+    return in_turn(call, products, neurons, loop_of)
 
 
 # --- the table --------------------------------------------------------------------------------------------------

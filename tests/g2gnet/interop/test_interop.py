@@ -12,7 +12,7 @@ import pytest
 import snntorch
 import torch
 from helpers import seeded
-from snntorch import surrogate
+from snntorch import surrogate, utils
 from snntorch.import_nir import import_from_nir
 from torch import nn
 
@@ -102,6 +102,33 @@ def test_there_and_back_again_is_the_same_network(options):
         assert torch.equal(connection.mask.to_dense(), net.get_submodule(name).mask.to_dense())
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_network_of_convolutions_and_pools_is_snntorchs_step_by_step(masked):
+    """The network of snnTorch's tutorial, pools before the neurons, and pools, a norm and a pool of spikes."""
+    leaky = functools.partial(snntorch.Leaky, beta=0.5, threshold=0.5, init_hidden=True)
+    theirs = nn.Sequential(
+        nn.Conv2d(2, 6, 3), nn.MaxPool2d(2), leaky(), nn.AvgPool2d(2), nn.Conv2d(6, 5, 3, padding=1), nn.BatchNorm2d(5),
+        leaky(), nn.Flatten(), nn.Linear(45, 4), leaky(),
+    ).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        if parameter.dim():
+            parameter.data = torch.randint(-4, 5, parameter.shape, generator=seeded(parameter.numel())) / 8
+    nn.init.ones_(theirs[5].weight)
+    theirs[5].eps = 0.0  # the variance is 1: nothing is rounded
+    kernels = torch.rand(5, 6, generator=seeded(3)) < 0.6
+    x = (torch.rand(7, 3, 2, 14, 14, generator=seeded(2)) < 0.3).float()
+    ours = from_snntorch(theirs, {"4": kernels} if masked else None, T=7)
+    if masked:
+        theirs[4].weight.data *= kernels[:, :, None, None]
+    utils.reset(theirs)
+    wanted = torch.stack([theirs(x_t) for x_t in x])
+    assert torch.equal(ours.simulate(x).spikes[-1].dense(), wanted)
+    assert 0.1 < wanted.mean() < 0.9
+    assert hasattr(ours.conv2, "mask") == masked
+    with pytest.raises(ValueError, match="to_snntorch has no form for conv1, which is a convolution"):
+        to_snntorch(ours)
+
+
 @pytest.mark.parametrize("name", SURROGATES)
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 25.0])
 def test_every_surrogate_is_told_by_its_derivative(name, alpha):
@@ -165,7 +192,9 @@ WRONG_MODELS = [
     (lambda: changed("lif1", "threshold", torch.tensor(torch.nan)), "lif1: threshold=nan must be a number that"),
     (lambda: changed("lif1", "threshold", torch.tensor(1j)), r"lif1: threshold is a Tensor \(of complex64\)"),
     (lambda: changed("lif1", "beta", torch.ones(3)), r"lif1: beta has 3 numbers, of shape \[3\]; give one, or 40"),
-    (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), LEAKY), "0 is a Conv2d; from_snntorch takes networks of nn.Linear"),
+    (lambda: nn.Sequential(nn.Conv1d(1, 1, 3), LEAKY), "0 is a Conv1d; from_snntorch takes networks of nn.Linear"),
+    (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3)),
+     "1 is recurrent behind a convolution"),
     (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
      "1 is a Linear, but snn.Leaky, snn.RLeaky, snn.Synaptic or snn.RSynaptic should come next"),
     (lambda: nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),

@@ -1,6 +1,6 @@
 """A convolution that is computed by events where its input is spikes, of all kernels or those of a mask."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,7 @@ class G2GConv2d(nn.Conv2d):
         mask: [out_channels, in_channels / groups], the kernels that exist; the layer has a copy. Initial values are
             then uniform in ±1/√k, k being a channel's existing weights.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
-        generator: source of randomness for the initial values of a masked layer, on the CPU (PyTorch's global one if
-            None).
+        generator: source of randomness for the initial values, on the CPU (PyTorch's global one if None).
 
     Attributes:
         weight: Parameter [out_channels, in_channels / groups, kernel rows, kernel columns]; with a mask its dense form,
@@ -46,6 +45,7 @@ class G2GConv2d(nn.Conv2d):
 
     Raises:
         ValueError: for options out of range, or a mask of other channels.
+        TypeError: for a mask that is no :class:`BlockMask`.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
@@ -61,7 +61,11 @@ class G2GConv2d(nn.Conv2d):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "G2GConv2d":
         masked = kwargs.get("mask") is not None or (len(args) > 8 and args[8] is not None)
-        return super().__new__(MaskedConv2d if masked else cls)
+        if not masked or issubclass(cls, MaskedConv2d):
+            return super().__new__(cls)
+        if cls is not G2GConv2d:
+            raise TypeError(f"{cls.__name__} has no masks; derive it from g2gnet.convolution.MaskedConv2d")
+        return super().__new__(MaskedConv2d)
 
     def __init__(
         self,
@@ -81,8 +85,19 @@ class G2GConv2d(nn.Conv2d):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups
         )
         bias = check_flag("bias", bias)
-        super().__init__(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias)
+        with torch.random.fork_rng(devices=(), enabled=generator is not None):
+            super().__init__(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias)
+        if generator is not None:
+            self.reset_parameters(generator)
         self.backend = backend
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws new initial values, of the distribution of ``nn.Conv2d``."""
+        bound = self.weight[0].numel() ** -0.5
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                tensor.uniform_(-bound, bound, generator=generator)
 
     @classmethod
     def from_conv2d(
@@ -92,8 +107,11 @@ class G2GConv2d(nn.Conv2d):
 
         ``mask`` is a :class:`BlockMask`, or bool [out_channels, in_channels / groups], read as single kernels. None:
         the kernels that ``torch.nn.utils.prune`` left something of, or a layer without a mask if it pruned nothing.
-        Raises ValueError if the shapes of mask and kernels differ, and for a padding other than zeros.
+        ``backend`` is that of ``conv``, where it has one, if None. Raises ValueError if the shapes of mask and kernels
+        differ, and for a padding other than zeros; TypeError for a layer that is no ``nn.Conv2d``.
         """
+        if not isinstance(conv, nn.Conv2d):
+            raise TypeError(f"conv is {type(conv).__name__}; give an nn.Conv2d")
         if conv.padding_mode != "zeros":
             raise ValueError(
                 f"padding_mode={conv.padding_mode!r} is not there; pad before it, nn.Sequential(nn.CircularPad2d(…), "
@@ -116,7 +134,7 @@ class G2GConv2d(nn.Conv2d):
             conv.groups,
             conv.bias is not None,
             mask,
-            backend,
+            getattr(conv, "backend", None) if backend is None else backend,
             torch.Generator(),  # initial values, which are replaced at once, do not change the global generator
         )
         layer._take(conv, weight)
@@ -125,6 +143,8 @@ class G2GConv2d(nn.Conv2d):
     def _take(self, layer: Any, weight: torch.Tensor) -> None:
         """Takes device, dtype, mode and parameters from a layer of the same options."""
         self.to(weight.device, weight.dtype).train(layer.training)
+        if weight.is_contiguous(memory_format=torch.channels_last):
+            self.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
         for mine, given, like in ((self.weight, weight, layer.weight), (self.bias, layer.bias, layer.bias)):
             if mine is not None:
                 mine.data.copy_(given.detach())
@@ -163,7 +183,8 @@ class MaskedConv2d(SparseLayer, G2GConv2d):
         backend: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        assert mask is not None
+        if not isinstance(mask, BlockMask):
+            raise TypeError(f"mask is {type(mask).__name__}; give a BlockMask, as BlockMask.from_dense makes of bool")
         options = _checked(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         if mask.shape != (out_channels, in_channels // groups):
             raise ValueError(
@@ -176,6 +197,15 @@ class MaskedConv2d(SparseLayer, G2GConv2d):
         self.kernel_size, self.stride, self.padding, self.dilation = options
         self.transposed, self.output_padding, self.padding_mode = False, (0, 0), "zeros"
         self._make_parameters(bias, generator)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "MaskedConv2d":
+        # values are no images: to(memory_format=torch.channels_last), which takes their five dimensions for such ones,
+        # meets three
+        def of_values(tensor: torch.Tensor) -> torch.Tensor:
+            return fn(tensor.flatten(2)).view(tensor.shape) if tensor.dim() == 5 else fn(tensor)
+
+        super()._apply(of_values, recurse)
+        return self
 
     def kernels(self) -> torch.Tensor:
         return self.dense_weight()  # whose gradient, that of every kernel, is that which a scheduler observes

@@ -124,6 +124,12 @@ def _reason_to_stay(name: str, layer: nn.Module, holders: dict[nn.Parameter, lis
         return f"of the class {type(layer).__name__}"
     if getattr(layer, "padding_mode", "zeros") != "zeros":
         return f"with padding_mode={layer.padding_mode!r}"
+    if (
+        isinstance(layer, nn.Conv2d)
+        and layer.padding == "same"
+        and any(each * (size - 1) % 2 for each, size in zip(layer.dilation, layer.kernel_size, strict=True))
+    ):
+        return "with padding='same' that differs between both sides"
     own = (*layer._parameters, *layer._buffers, *layer._modules)
     if more := [each for each in own if each not in ("weight", "bias")]:
         return f"with {', '.join(more)} of its own; from_linear and from_conv2d keep a pruned mask"

@@ -128,7 +128,7 @@ class PackedWeights(nn.Module):
 
     @property
     def weights_of_place(self) -> int:
-        """How many numbers are at one place of the mask: those of a kernel."""
+        """The number of weights at one place of the mask, which are those of a kernel."""
         return self.values.shape[3:].numel()
 
     def over_kernels(self, tensor: torch.Tensor) -> torch.Tensor:

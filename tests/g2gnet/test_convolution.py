@@ -179,6 +179,38 @@ def test_what_a_convolution_cannot_have_is_refused():
     with pytest.raises(RuntimeError, match="size mismatch for values"):
         layer_of().load_state_dict({**layer.state_dict(), "values": layer.values[..., :1]})
 
+    class Own(G2GConv2d):
+        pass
+
+    for call, message in (
+        (lambda: G2GConv2d.from_conv2d(nn.ConvTranspose2d(12, 12, 3)), "conv is ConvTranspose2d; give an nn.Conv2d"),
+        (lambda: G2GConv2d(12, 20, 3, mask=torch.ones(20, 12)), "mask is Tensor; give a BlockMask"),
+        (lambda: Own(12, 20, 3, mask=mask_of()), "Own has no masks; derive it from g2gnet.convolution.MaskedConv2d"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert Own(12, 20, 3, padding=1)(SPIKES).shape == (5, 20, 9, 8)
+
+
+def test_conversions_keep_backend_memory_and_the_global_generator():
+    conv = nn.Conv2d(12, 20, (3, 2)).to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    layer = G2GConv2d.from_conv2d(conv, backend="torch")
+    assert torch.equal(torch.rand(1), drawn)
+    assert layer(SPIKES).is_contiguous(memory_format=torch.channels_last)
+    assert G2GConv2d.from_conv2d(layer, mask_of()).backend == "torch"
+    one, other = (layer_of(mask=None, generator=seeded(7)) for _ in range(2))
+    assert torch.equal(one.weight, other.weight)
+    model = nn.Sequential(nn.Conv2d(12, 12, 1), layer_of())
+    y = model(SPIKES)
+    values = model[1].values.detach().clone()
+    model.to(memory_format=torch.channels_last)  # PyTorch asks this of every tensor of five dimensions
+    assert torch.equal(model[1].values, values)
+    torch.testing.assert_close(model(SPIKES), y)
+    assert model(SPIKES).is_contiguous(memory_format=torch.channels_last)
+
 
 def test_sparsify_takes_convolutions_and_pruned_ones_keep_their_kernels():
     torch.manual_seed(0)
@@ -186,13 +218,21 @@ def test_sparsify_takes_convolutions_and_pruned_ones_keep_their_kernels():
         nn.Conv2d(12, 16, 3),
         nn.MaxPool2d(2),
         nn.Conv2d(16, 8, 1, padding_mode="reflect"),
+        nn.Conv2d(8, 8, 2, padding="same"),
         nn.Flatten(),
         nn.Linear(72, 10),
     )
     before = model[0].weight.detach()
     x = SPIKES
     sparsify(model, 0.2, block_size=2, generator=seeded(0))
-    assert [type(each).__name__ for each in model] == ["MaskedConv2d", "MaxPool2d", "Conv2d", "Flatten", "G2GLinear"]
+    assert [type(each).__name__ for each in model] == [
+        "MaskedConv2d",
+        "MaxPool2d",
+        "Conv2d",
+        "Conv2d",
+        "Flatten",
+        "G2GLinear",
+    ]
     assert torch.equal(model[0].weight, before * model[0].mask.to_dense()[:, :, None, None])
     assert model(x).shape == (5, 10)
     again = sparsify(nn.Sequential(G2GConv2d(12, 16, 3)), 0.2, block_size=2)

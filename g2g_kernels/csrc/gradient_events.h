@@ -2,8 +2,8 @@
 //
 //   X_t = ∂L/∂x_t = Wᵀ·∂I_t = Wᵀ·e_t + β·X_{t+1},   e_t = σ'(U_t − θ)·∂L/∂S_t
 //
-// since ∂I_t = e_t + β·∂I_{t+1}: the forward product by events in reverse, with weights scaled by e; X stays in registers over
-// all T. Scans list e for each block of rows (scan.h). Once per slice those lists are merged into one for each step of each
+// since ∂I_t = e_t + β·∂I_{t+1}, where e of the last step has what reaches the last states, too: the forward product by events in
+// reverse, with weights scaled by e; X stays in registers over all T. Scans list e for each block of rows (scan.h). Once per slice those lists are merged into one for each step of each
 // sample, in the order of lanes, from which each block of columns copies the parts that have weights there.
 #pragma once
 

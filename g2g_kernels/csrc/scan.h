@@ -84,7 +84,7 @@ struct Upstream {
 };
 
 // Where a backward scan lists what reaches membranes through their own spikes, σ'(U_t − θ)·∂L/∂S_t, wherever that is not
-// zero; null: not wanted.
+// zero; in the last step with what reaches the last states. Null: not wanted.
 struct BlockEvents {
     float* value;     // [T · 64] at most, the steps downwards
     uint64_t* words;  // [T] bit i: lane i is listed
@@ -142,8 +142,9 @@ void scan_backward(const Upstream& upstream, const float* states, int64_t steps,
             if (rows) store(rows + t * kLanes + v * W, to_current);
             if (kBf16 && halves) store(halves + t * kLanes + v * W, to_current);
             if (words) {
-                const uint64_t bits = nonzero_bits(through);
-                store_chosen(event, through, bits);
+                const Vec added = out.edge && t + 1 == steps ? to_current : through;
+                const uint64_t bits = nonzero_bits(added);
+                store_chosen(event, added, bits);
                 event += __builtin_popcountll(bits);
                 word |= bits << (v * W);
             }

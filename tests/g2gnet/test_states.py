@@ -1,13 +1,15 @@
 """States into and out of a stack: parts in turn are the whole, and chunks change only how much memory a run takes."""
 
+import math
+
 import pytest
 import torch
 from covering import every_pair
 from helpers import backends_of, rms, seeded
 from networks import three_layers
 
-from g2g_kernels.ops.g2g_stack import WAYS
-from g2gnet import LIF, Synaptic
+from g2g_kernels.ops.g2g_stack import WAYS, cpu
+from g2gnet import LIF, G2GNet, Synaptic
 
 T, B, D = 10, 3, 12
 BACKENDS = backends_of(WAYS)
@@ -74,6 +76,27 @@ def test_chunks_keep_no_states_of_single_steps():
         kept.append(sum(sizes.values()) - x.nbytes - sum(each.nbytes for each in stack.parameters()))
         assert activity.counts.any()
     assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels were not built")
+@pytest.mark.parametrize("unit", [1, 16, 64])
+def test_what_reaches_the_last_states_is_an_event_of_the_last_step(unit, monkeypatch):
+    """Every neuron lists an event there: against float64, and in other bits than by the product."""
+    results = {}
+    for how, share in (("torch", 0.0), ("product", 0.0), ("events", math.inf)):
+        monkeypatch.setattr(cpu, "GRADIENT_EVENT_LIMIT", dict.fromkeys((False, True), share))
+        options = {"block_size": unit, "surrogate": "triangle", "threshold": 0.4, "generator": seeded(0), "T": 12}
+        net = G2GNet(30, [130, 70], 5, backend="torch" if how == "torch" else "cpu", **options)
+        net.to(torch.float64 if how == "torch" else torch.float32)
+        x = torch.rand(12, 6, 30, generator=seeded(1)).to(next(net.parameters()).dtype).requires_grad_()
+        activity = net.simulate(x)
+        assert activity.rates[1].any()
+        loss = activity.counts.sum() + sum((each.cos() * 3).sum() for each in activity.state)
+        results[how] = torch.autograd.grad(loss, [x, *net.parameters()])
+    for exact, product, events in zip(*results.values(), strict=True):
+        assert rms(events.double() - exact) <= 1e-5 * rms(exact)
+        assert rms(product.double() - exact) <= 1e-5 * rms(exact)
+    assert not torch.equal(results["product"][0], results["events"][0])
 
 
 @every_pair(backend=BACKENDS, chunk=(None, 4))

@@ -368,7 +368,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     for number, layer in enumerate(arguments.layers):
         grad_rates, grad_last = grads_of_layers[number], grads_of_layers[count + number]
         layer.input_rate = input_rates[number]
-        if grad_last is None:  # which reaches the currents through no event
+        if grad_last is None or not layer.recurrent:  # whose events are those of spikes alone
             layer.gradient_event_limit = _gradient_event_limit(call.populations[number].neurons, arguments.stack.bf16)
         layer.grad_last, layer.grad_rates = pointer(grad_last), pointer(grad_rates)
     stack = arguments.stack

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples import cortex_m, event_data
+from examples import cortex_m, event_data, fit_gains
 
 
 def test_events_become_counts_in_equal_windows():
@@ -39,3 +39,13 @@ def test_compilers_that_are_missing_are_named_before_anything_is_trained(tmp_pat
     assert cortex_m.main(["--folder", str(tmp_path / "none")]) == 1
     assert "cc, arm-none-eabi-gcc, qemu-system-arm cannot be found; on Debian:" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.ci
+def test_gains_of_pairs_of_types_learn_the_rates_of_known_ones(monkeypatch):
+    """A small network, which the program's own takes minutes for."""
+    for name, value in (("SIZE", 60), ("NEURONS", 600), ("FAN_OUT", 30), ("STEPS", 40)):
+        monkeypatch.setattr(fit_gains, name, value)
+    before, after = fit_gains.fit(0, 25)
+    assert before > 0.3
+    assert after < 0.6 * before

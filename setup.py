@@ -215,8 +215,9 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
     for name, options in INSTRUCTION_SETS.items():
         if x86 or name == "baseline":
             of_doubles = ["-DG2G_DOUBLE", f"-DG2G_ISA={name}_doubles"]
-            objects[f"doubles-{name}"] = (SOURCES / "doubles.cpp", [*of_doubles, *options])
-            objects[f"kernels-{name}"] = (SOURCES / "kernels.cpp", [f"-DG2G_ISA={name}", *options])
+            objects[f"doubles-{name}"] = (SOURCES / "networks.cpp", [*of_doubles, *options])
+            for source in ("networks", "kernels"):
+                objects[f"{source}-{name}"] = (SOURCES / f"{source}.cpp", [f"-DG2G_ISA={name}", *options])
 
     made_from = hashlib.sha256(repr((command, flags, objects, _version(command))).encode())
     for file in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):

@@ -15,7 +15,7 @@ from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.models import REFRACTORY, RESET, RESETS, NeuronModel, exact_gain
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
-from g2g_kernels.tracing import default_device
+from g2g_kernels.tracing import default_device, is_observed
 
 
 class SpikingNeurons(nn.Module):
@@ -283,6 +283,8 @@ class CubaLIF(SpikingNeurons):
     beta: torch.Tensor
     threshold: torch.Tensor
     reset_current: torch.Tensor
+    #: the decays of the last :attr:`gain` without a gradient, and that gain
+    _gain: tuple[torch.Tensor, ...] = ()
 
     def __init__(
         self, neurons: int | None = None, *, reset: str = "zero", reset_current: bool = False, **options: Any
@@ -294,7 +296,18 @@ class CubaLIF(SpikingNeurons):
     @property
     def gain(self) -> torch.Tensor:
         """What a synaptic current of 1 adds to the membrane in a step, [1] or [N]."""
-        return exact_gain(self.syn_decay, self.beta)
+        decays = self.syn_decay, self.beta
+        if is_observed(decays) or (torch.is_grad_enabled() and any([each.requires_grad for each in decays])):
+            return exact_gain(*decays)
+        if not (kept := self._gain) or not all(map(_equal, decays, kept)):
+            with torch.inference_mode(False):  # a later call may need a gradient
+                self._gain = kept = *[each.detach().clone() for each in decays], exact_gain(*decays)
+        return kept[2]
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether tensors have the same numbers, dtype and device."""
+    return one.device == other.device and one.dtype == other.dtype and torch.equal(one, other)
 
 
 #: the class of each model

@@ -242,6 +242,7 @@ class SpikingNetwork(PopulationGraph):
         membranes: bool | Selection = False,
         batch_first: bool | None = None,
         silenced: Selection | None = None,
+        truncate: int | None = None,
     ) -> Activity:
         """Runs the network on inputs [B, D] held for T steps, or [T, B, D].
 
@@ -271,16 +272,21 @@ class SpikingNetwork(PopulationGraph):
             silenced: in any mode, by the name of a population the neurons that stay silent in this run, by number or
                 bool [N], or bool [B, N], those of each sample. They send nothing, pass no gradient and their states are
                 0; the others send what they would otherwise.
+            truncate: K, truncated backpropagation in one call: at steps K, 2·K, … the neurons' states, and the spikes
+                that were sent before and arrive later, are constants; values and inputs keep their gradients. Without
+                it, gradients over thousands of steps may grow beyond floats, which ``backward`` then says. None:
+                nothing is cut off.
 
         Returns:
             Activity: ``output`` [B, C], the output's spike counts or readout, rates, spikes and the last state.
 
         Raises:
             ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this
-                network and these samples; for neurons that it does not have; for a chunk with spikes, membranes or a
-                readout of all steps; for a state, a chunk, membranes or a readout of a network that calls its modules.
+                network and these samples; for neurons that it does not have; for a chunk or ``truncate`` with spikes,
+                membranes or a readout of all steps; for a state, one of these two, membranes or a readout of a network
+                that calls its modules.
         """
-        call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first, silenced)
+        call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first, silenced, truncate)
         if call.modules is None:
             activity = run(call, chunk)
         else:
@@ -335,21 +341,24 @@ class SpikingNetwork(PopulationGraph):
         membranes: bool | Selection = False,
         batch_first: bool | None = None,
         silenced: Selection | None = None,
+        truncate: int | None = None,
     ) -> Call:
         """A run as the operator takes it. What kept neurons send is scaled: the weights that it meets are."""
         inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
         self.settle()
         of_populations = self._dropped(inputs, state, dropped) if self.training and self._dropout else None
-        if chunk is not None and self._readout in ("mean", "max"):
+        parts = {f"chunk={chunk}": chunk is not None, f"truncate={truncate}": truncate is not None}
+        if any(parts.values()) and self._readout in ("mean", "max"):
+            part = next(what for what, is_asked in parts.items() if is_asked)
             raise ValueError(
-                f"chunk={chunk} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
+                f"{part} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
                 "leave it out, or make the network with readout='last'"
             )
         scale = 1.0 if of_populations is None else self._scale
         why = self.why_called()
         if why is not None:
             asked = {f"membranes={membranes!r:.40}": membranes, f"readout={self._readout!r}": self._readout != "counts"}
-            asked |= {"a state": state is not None, f"chunk={chunk}": chunk is not None}
+            asked |= {"a state": state is not None, **parts}
             if wrong := [what for what, is_asked in asked.items() if is_asked]:
                 raise ValueError(
                     f"{wrong[0]} was given to a network whose modules are called in turn, and they return spikes only "
@@ -376,7 +385,9 @@ class SpikingNetwork(PopulationGraph):
             populations.append(Population(neurons, connections, drops[number], before, sent[number], gives))
         steps = self._T if inputs.dim() == 2 else None
         called = None if why is None else CalledModules(self, why, scale)
-        return Call(inputs, tuple(populations), steps, sent[-1], self.backend, spikes, modules=called)
+        return Call(
+            inputs, tuple(populations), steps, sent[-1], self.backend, spikes, truncate=truncate, modules=called
+        )
 
     def why_called(self, names: Iterable[str] | None = None) -> str | None:
         """What only calls of modules would run: of these, or of all, with the hooks of every module; None: nothing."""

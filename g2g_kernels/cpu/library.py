@@ -23,7 +23,7 @@ from g2g_kernels.tracing import constant_when_traced
 
 logger = logging.getLogger("g2g_kernels")
 
-ABI = 9
+ABI = 10
 #: beside this file, as setup.py names it
 FILE = "libg2g_cpu" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -135,7 +135,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_spikes_new": (c_void_p, [c_int64]),
         "g2g_spikes_free": (None, [c_void_p]),
         "g2g_spikes_count": (c_int64, [c_void_p, c_int64]),
-        "g2g_spikes_copy": (None, [c_void_p, c_int64, c_void_p, c_void_p]),
+        "g2g_spikes_copy": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_void_p]),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
     for kernel in ("stack", "graph", "linear", "convolution", "list_loop", "list_network", "neurons"):

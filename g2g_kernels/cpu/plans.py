@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,6 +30,8 @@ LEAST_SIDE = 16
 #: are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators are then
 #: called one after the other; and by a recurrent connection.
 IN_LISTS = {"linear": (0.2, 0), "stack": (0.02, 1 << 17), "recurrent": (0.02, 1 << 12)}
+#: weights that are compared where a tensor's version says that none has changed
+SAMPLED = 1024
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
 if hasattr(os, "register_at_fork"):  # in a forked child a thread that held the lock does not exist
@@ -80,7 +82,7 @@ class Plan:
             self._equals = functools.partial(lib.g2g_lists_match, address, *given)
         #: of lists, which are large: the tensors that they were built from or compared with, and their versions
         self._read: list[tuple[weakref.ref, int]] = []
-        self._ordered: tuple[tuple[int, torch.dtype], torch.Tensor] | None = None
+        self._ordered: _Ordered | None = None
         self._lists = owners is not None
         self.units = max(len(mask.unit_row), _LEAST_UNITS)
         weakref.finalize(self, lib.g2g_plan_free if owners is None else lib.g2g_lists_free, address).atexit = False
@@ -99,15 +101,34 @@ class Plan:
         return True
 
     def ordered(self, values: torch.Tensor) -> torch.Tensor:
-        """Packed weights in the order of these lists, which are kept until a call comes with other numbers."""
+        """Packed weights in the order of these lists, which are kept until a call comes with other numbers. They are
+        not read where the tensor is the last call's, with its version: a write that no version counts (``.data``,
+        NumPy) is then noticed if it changes one of :data:`SAMPLED` weights."""
+        kept, now, sample = self._ordered, version(values), values.flatten()[:: values.numel() // SAMPLED + 1]
+        if kept and kept.of() is values and kept.then == (now, values.data_ptr()) and torch.equal(sample, kept.sample):
+            return kept.weights
         threads, doubles = torch.get_num_threads(), values.dtype == torch.float64
         words = values.numel() * (2 if doubles else 1)
         key = library().g2g_digest(values.data_ptr(), words, threads), values.dtype
-        kept = self._ordered
-        if kept is None or kept[0] != key:
-            self._ordered = kept = key, torch.empty(values.numel(), dtype=values.dtype)
-            library().g2g_lists_order(self.address, values.data_ptr(), kept[1].data_ptr(), doubles, threads)
-        return kept[1]
+        if kept and kept.key == key:
+            weights = kept.weights
+        else:
+            weights = torch.empty(values.numel(), dtype=values.dtype)
+            library().g2g_lists_order(self.address, values.data_ptr(), weights.data_ptr(), doubles, threads)
+        then = None if now < 0 else (now, values.data_ptr())
+        self._ordered = _Ordered(weights, key, weakref.ref(values), then, sample.detach().clone())
+        return weights
+
+
+class _Ordered(NamedTuple):
+    """Weights in the order of lists, the digest and the dtype of the packed ones; and the tensor that these were, its
+    version and address (None: it has no versions), and a sample of it."""
+
+    weights: torch.Tensor
+    key: tuple[int, torch.dtype]
+    of: weakref.ref
+    then: tuple[int, int] | None
+    sample: torch.Tensor
 
 
 def _sources(mask: MaskTensors) -> tuple[torch.Tensor, ...]:

@@ -171,7 +171,7 @@ std::string interface_table(const Options& options) {
 
 }  // namespace
 
-G2G_EXPORT int32_t g2g_abi() { return 9; }
+G2G_EXPORT int32_t g2g_abi() { return 10; }
 // The table that Python compares with what it knows; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
     static const std::string text = interface_table(kernels().options);
@@ -252,11 +252,12 @@ G2G_EXPORT void g2g_spikes_free(Spikes* spikes) { delete spikes; }
 G2G_EXPORT int64_t g2g_spikes_count(const Spikes* spikes, int64_t number) {
     return static_cast<int64_t>(spikes->of[number].neurons.size());
 }
-// counts [T], neurons [count].
-G2G_EXPORT void g2g_spikes_copy(const Spikes* spikes, int64_t number, int32_t* counts, int32_t* neurons) {
+// counts [T], neurons [count]; values [count] of gradient events, else null.
+G2G_EXPORT void g2g_spikes_copy(const Spikes* spikes, int64_t number, int32_t* counts, int32_t* neurons, char* values) {
     const SampleSpikes& of = spikes->of[number];
     std::copy(of.counts.begin(), of.counts.end(), counts);
     std::copy(of.neurons.begin(), of.neurons.end(), neurons);
+    if (values) std::copy(of.values.begin(), of.values.end(), values);
 }
 
 // pass: 0 forward, 1 backward.
@@ -267,8 +268,8 @@ G2G_EXPORT int64_t g2g_convolution(Convolution* a, int32_t pass, void* scratch) 
     return call(kernels().convolution[pass], a, scratch);
 }
 G2G_EXPORT int64_t g2g_list_loop(ListLoop* a, int32_t pass, void* scratch) { return call(kernels().list_loop[pass], a, scratch); }
-G2G_EXPORT int64_t g2g_list_network(ListNetwork* a, int32_t, void* scratch) {
-    return call(kernels().list_network[a->doubles != 0], a, scratch);
+G2G_EXPORT int64_t g2g_list_network(ListNetwork* a, int32_t pass, void* scratch) {
+    return call((a->doubles ? kernels().list_network_of_doubles : kernels().list_network)[pass], a, scratch);
 }
 G2G_EXPORT int64_t g2g_neurons(NeuronLoop* a, int32_t pass, void* scratch) { return call(kernels().neurons[pass], a, scratch); }
 

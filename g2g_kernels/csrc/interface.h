@@ -65,7 +65,8 @@ struct Kernels {
     void (*convolution[2])(Convolution&, Arena&);
     void (*list_loop[2])(ListLoop&, Arena&);
     void (*neurons[2])(NeuronLoop&, Arena&);
-    void (*list_network[2])(ListNetwork&, Arena&);  // forward, of floats and of doubles
+    void (*list_network[2])(ListNetwork&, Arena&);
+    void (*list_network_of_doubles[2])(ListNetwork&, Arena&);
     void (*unpack)(const Plan&, const uint64_t* words, int64_t stride, int32_t batch, int32_t steps, int32_t threads, float* spikes);
 };
 

@@ -20,16 +20,21 @@ const Kernels kernels = {};
 #include "layout.h"
 #include "linear.h"
 #include "list_loop.h"
-#include "list_network.h"
 #include "neuron_loop.h"
 #include "stack_backward.h"
 #include "stack_forward.h"
 
-// what doubles.cpp has for the same instruction set
+// what networks.cpp has for the same instruction set
 #define G2G_JOINED_(x, y) x##y
 #define G2G_JOINED(x, y) G2G_JOINED_(x, y)
+#define G2G_NETWORKS                                       \
+    void list_network_forward(ListNetwork& a, Arena& arena); \
+    void list_network_backward(ListNetwork& a, Arena& arena);
+namespace g2g::G2G_ISA {
+G2G_NETWORKS
+}
 namespace g2g::G2G_JOINED(G2G_ISA, _doubles) {
-void list_network_of_doubles(ListNetwork& a, Arena& arena);
+G2G_NETWORKS
 }
 
 namespace g2g::G2G_ISA {
@@ -42,7 +47,8 @@ const Kernels kernels = {
     G2G_TEXT(G2G_ISA), kBf16, kOptions, {stack_forward, stack_backward}, {graph_forward, graph_backward},
     {linear_forward, linear_backward}, {convolution_forward, convolution_backward},
     {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward},
-    {list_network, G2G_JOINED(G2G_ISA, _doubles)::list_network_of_doubles}, unpack,
+    {list_network_forward, list_network_backward},
+    {G2G_JOINED(G2G_ISA, _doubles)::list_network_forward, G2G_JOINED(G2G_ISA, _doubles)::list_network_backward}, unpack,
 };
 
 }  // namespace g2g::G2G_ISA

@@ -1,5 +1,6 @@
 // Populations that are joined by weights in lists (lists.h), forward over all steps: what a spike costs is the weights that it
-// visits. Spikes are lists, too, and a delay is the place of a list in a ring; nothing of [T][B][N] is formed.
+// visits. Spikes are lists, too, and a delay is the place of a list in a ring; nothing of [T][B][N] is formed. list_gradients.h has
+// the backward pass.
 //
 // A sample is one task, since samples fire at other times and share no list. In a step each population, in an order that
 // connections without a delay allow, takes what arrives and gives its spikes. Neurons of the model CubaLif are visited where something
@@ -23,6 +24,8 @@
 
 namespace g2g::G2G_ISA {
 
+constexpr uint64_t kOfVector = (uint64_t{1} << W) - 1;  // a bit for each of its lanes
+
 // Weights of one source that something arrives over, times a factor.
 struct Arrival {
     const int32_t* target;
@@ -40,7 +43,7 @@ inline void fetch(const Arrival& next) {
         __builtin_prefetch(next.weight + e);
     }
 }
-constexpr size_t kListsAhead = 2;
+constexpr size_t kListsAhead = 3;
 
 // A parameter of each of a population's neurons, decays clamped: one number that all have (step 0), or one each.
 struct OfNeurons {
@@ -70,6 +73,7 @@ struct SharedPopulation {
     std::vector<Real> decayed;
     Real kappa = 0;
     bool bounded = false;
+    Real slack = given.slack;  // of gradient events, 0: none are noted
 
     explicit SharedPopulation(const ListPopulation& population) : given(population) {
         for (int k = 0; k < model.parameters; ++k)
@@ -87,8 +91,25 @@ struct Held {
 // A number of steps; a part of one is a whole one.
 inline int32_t steps_of(Real number) { return static_cast<int32_t>(std::min(std::ceil(number), Real(1 << 29))); }
 
+// The gradient events of a step, in any order: neurons, and their U − θ.
+struct Events {
+    std::vector<int32_t> neurons;
+    std::vector<Real> excess;
+
+    void clear() { neurons.clear(), excess.clear(); }
+    // Notes one; returns whether it is no spike.
+    bool note(int32_t n, Real over, Real slack) {
+        if (!(std::abs(over) >= slack)) neurons.push_back(n), excess.push_back(over);
+        return !(over > 0);
+    }
+};
+
+// The steps that a neuron whose state is f waits: where f is not 0, one at least.
+inline int32_t waiting(Real f) { return f == 0 ? 0 : std::max(steps_of(f), 1); }
+
 // A population of a sample.
 struct Stepper {
+    Events events;
     virtual ~Stepper() = default;
     // Appends the neurons that fire in step t, ascending, if nothing that arrives in it has a part in that.
     virtual void fire(int32_t, std::vector<int32_t>&) {}
@@ -101,14 +122,18 @@ struct Stepper {
 // f(arrival, target, what arrives there) for all that arrives, and ahead(target) some time before.
 template <class F, class Ahead>
 void each_weight(const Arrivals& arrivals, const Ahead& ahead, const F& f) {
-    constexpr int64_t kAhead = 8;
+    constexpr int64_t kAhead = 16;
     for (size_t i = 0; i < arrivals.size(); ++i) {
         if (i + kListsAhead < arrivals.size()) fetch(arrivals[i + kListsAhead]);
         const Arrival arrival = arrivals[i];
-        for (int64_t e = 0; e < arrival.count; ++e) {
-            if (e + kAhead < arrival.count) ahead(arrival.target[e + kAhead]);
+        const int64_t inside = most(arrival.count - kAhead, 0);
+        for (int64_t e = 0; e < inside; ++e) {
+            ahead(arrival.target[e + kAhead]);
             f(arrival, arrival.target[e], arrival.factor * arrival.weight[e]);
         }
+        if (i + 1 < arrivals.size())
+            for (int64_t e = 0; e < least(arrivals[i + 1].count, kAhead); ++e) ahead(arrivals[i + 1].target[e]);
+        for (int64_t e = inside; e < arrival.count; ++e) f(arrival, arrival.target[e], arrival.factor * arrival.weight[e]);
     }
 }
 
@@ -223,10 +248,13 @@ struct Passes {
     }
     CubaLifState get(int32_t n, int32_t) const { return {u[n], g[n], ready[n]}; }
 
-    void fire(int32_t t, std::vector<int32_t>& fired) {
+    void fire(int32_t t, std::vector<int32_t>& fired, Events& events) {
         const auto& p = shared.parameters;
         const bool alike = !p[0].step && !p[1].step && !p[2].step && !p[5].step;
-        alike ? pass<true>(t, fired) : pass<false>(t, fired);
+        if (shared.slack > 0)
+            alike ? pass<true, true>(t, fired, events) : pass<false, true>(t, fired, events);
+        else
+            alike ? pass<true, false>(t, fired, events) : pass<false, false>(t, fired, events);
     }
     void receive(int32_t t, const Arrivals& arrivals) {
         Real* const to[2] = {g.data(), u.data()};
@@ -244,8 +272,8 @@ struct Passes {
     }
 
 private:
-    template <bool Alike>
-    void pass(int32_t t, std::vector<int32_t>& fired) {
+    template <bool Alike, bool Notes>
+    void pass(int32_t t, std::vector<int32_t>& fired, Events& events) {
         const int64_t padded = shared.padded;
         Real *const at_u = u.data(), *const at_g = g.data();
         const OfNeurons* const p = shared.parameters.data();
@@ -255,10 +283,14 @@ private:
             const Vec before = load(at_g + i), now = of(1, i) * load(at_u + i) + of(2, i) * before;
             store(at_g + i, of(0, i) * before);
             store(at_u + i, now);
-            for (uint64_t bits = greater_bits(now, of(3, i)); __builtin_expect(bits != 0, 0); bits &= bits - 1) {
+            // NaN is among those that are not below
+            uint64_t bits = Notes ? ~greater_bits(of(3, i) - all(shared.slack), now) & kOfVector : greater_bits(now, of(3, i));
+            for (; __builtin_expect(bits != 0, 0); bits &= bits - 1) {
                 const auto n = static_cast<int32_t>(i + __builtin_ctzll(bits));
                 if (n >= shared.size || ready[n] > t) continue;
-                const CubaLifState after = firing.state(n, t, u[n], g[n], p[5].of(n));
+                const Real theta = p[5].of(n);
+                if (Notes && events.note(n, u[n] - theta, shared.slack)) continue;
+                const CubaLifState after = firing.state(n, t, u[n], g[n], theta);
                 ready[n] = after.ready;
                 frozen.push_back({n, after});
                 fired.push_back(n);
@@ -283,7 +315,7 @@ struct Visits {
     const Real *const decayed = shared.decayed.data(), *const thetas = shared.parameters[5].numbers.data();
     const int64_t theta_step = shared.parameters[5].step;
     const bool bounded = shared.bounded;
-    const Real kappa = shared.kappa;
+    const Real kappa = shared.kappa, slack = shared.slack;
 
     explicit Visits(const SharedPopulation& population) : shared(population) { states.resize(shared.size); }
     void set(int32_t n, int32_t t, const CubaLifState& state) {
@@ -297,13 +329,14 @@ struct Visits {
         return {s.u, s.g, static_cast<int32_t>(s.ready)};
     }
 
-    void fire(int32_t t, std::vector<int32_t>& fired) {
+    void fire(int32_t t, std::vector<int32_t>& fired, Events& events) {
         size_t kept = 0;
         for (const int32_t n : hot) {
             State& s = states[n];
             if (t >= static_cast<int32_t>(s.ready)) {
                 const Real theta = thetas[n * theta_step];
                 catch_up(s, t);
+                if (slack > 0) events.note(n, s.u - theta, slack);
                 if (s.u > theta) {
                     const CubaLifState after = firing.state(n, t, s.u, s.g, theta);
                     put(s, after.ready - 1, after);
@@ -335,10 +368,10 @@ private:
     static void put(State& s, int32_t at, const CubaLifState& state) {
         s.u = state.u, s.g = state.g, s.at = at, s.ready = static_cast<uint32_t>(std::max(state.ready, 0));
     }
-    // Whether a neuron cannot reach its threshold alone, nor by rounding.
+    // Whether a neuron cannot reach its threshold alone, nor by rounding; or where its gradient events begin.
     bool quiet(const State& s, Real theta) const {
         constexpr Real kRounding = 32 * (sizeof(Real) == 4 ? Real(0x1p-23) : Real(0x1p-52));
-        const Real limit = theta - std::abs(theta) * kRounding;
+        const Real limit = theta - slack - std::abs(theta) * kRounding;
         return (bounded && limit >= 0 && s.u <= limit && s.g <= limit) ||
                std::max(s.u, Real(0)) + kappa * std::max(s.g, Real(0)) <= limit;
     }
@@ -368,7 +401,7 @@ inline void prepare_visits(SharedPopulation& shared, int64_t steps) {
 
 // Nanoseconds of a neuron in a pass, of a weight that is added there, of a hot neuron, and of a weight that visits one
 // (PERFORMANCE.md).
-constexpr double kPassed = 0.14, kAdded = 4.5, kHot = 15.0, kVisited = 8.0;
+constexpr double kPassed = 0.14, kAdded = 3.5, kHot = 15.0, kVisited = 5.5;
 // Steps that are counted before a change, and steps without one after visits that cost more.
 constexpr int32_t kCounted = 64, kStays = 2048;
 
@@ -388,12 +421,14 @@ struct CubaLifs : Stepper {
         : shared(population), held(constant), visit_cost(cost) {
         const auto state = [&](int32_t n, int32_t) -> CubaLifState {
             if (!before) return {0, 0, 0};
-            return {before[2 * stride + n], before[stride + n], steps_of(before[n])};
+            return {before[2 * stride + n], before[stride + n], waiting(before[n])};
         };
         can_visit ? fill(visits, -1, state) : fill(passes, -1, state);
     }
 
-    void fire(int32_t t, std::vector<int32_t>& fired) override { visits ? visits->fire(t, fired) : passes->fire(t, fired); }
+    void fire(int32_t t, std::vector<int32_t>& fired) override {
+        visits ? visits->fire(t, fired, events) : passes->fire(t, fired, events);
+    }
     void receive(int32_t t, const Arrivals& arrivals, std::vector<int32_t>&) override {
         visits ? visits->receive(t, arrivals) : passes->receive(t, arrivals);
         if (!can_visit) return;
@@ -549,7 +584,9 @@ class SampleRun {
     }
 
 public:
-    SampleRun(const NetworkCall& network, int64_t number) : call(network), sample(number) {
+    // stepper(number, what is held, states before, their stride) makes a population.
+    template <class F>
+    SampleRun(const NetworkCall& network, int64_t number, const F& stepper) : call(network), sample(number) {
         for (int32_t source = 0; source <= a.population_count; ++source) {
             const bool inputs = source == a.population_count;
             const int64_t size = inputs ? a.inputs : a.populations[source].size;
@@ -564,10 +601,7 @@ public:
             const ListPopulation& given = a.populations[p];
             const auto states = static_cast<const Real*>(given.state);
             const Real* const before = states ? states + sample * given.size : nullptr;
-            steppers.push_back(with_step(given.neurons, [&](auto model, auto reset) {
-                return stepper<decltype(model), decltype(reset)>(call.populations[p], held[p], a.visit_cost, before,
-                                                                        int64_t{a.samples} * given.size);
-            }));
+            steppers.push_back(stepper(p, held[p], before, int64_t{a.samples} * given.size));
         }
     }
 
@@ -590,21 +624,33 @@ public:
         }
         for (int32_t p = 0; p < a.population_count; ++p) {
             const int64_t size = a.populations[p].size;
-            steppers[p]->end(a.steps - 1, static_cast<Real*>(a.populations[p].last) + sample * size, a.samples * size);
+            const auto last = static_cast<Real*>(a.populations[p].last);
+            steppers[p]->end(a.steps - 1, last ? last + sample * size : nullptr, a.samples * size);
         }
     }
 
 private:
-    // Notes the spikes of a population in step t, but for those of neurons that are silent.
+    // Notes the spikes and the gradient events of a population in step t, but for those of neurons that are silent.
     void send(int32_t p, int32_t t) {
         std::vector<int32_t>& now = of(p, t).neurons;
-        if (const uint8_t* dropped = a.populations[p].dropped) {
-            dropped += sample * a.populations[p].size;
-            now.erase(std::remove_if(now.begin(), now.end(), [&](int32_t n) { return dropped[n] != 0; }), now.end());
-        }
+        const uint8_t* const dropped = a.populations[p].dropped ? a.populations[p].dropped + sample * a.populations[p].size : nullptr;
+        if (dropped) now.erase(std::remove_if(now.begin(), now.end(), [&](int32_t n) { return dropped[n] != 0; }), now.end());
+        if (!a.spikes) return;  // of a run that is known
         SampleSpikes& spikes = a.spikes->of[p * a.samples + sample];
         spikes.neurons.insert(spikes.neurons.end(), now.begin(), now.end());
         spikes.counts.push_back(static_cast<int32_t>(now.size()));
+        if (!a.events) return;
+        SampleSpikes& noted = a.events->of[p * a.samples + sample];
+        Events& events = steppers[p]->events;
+        size_t kept = 0;
+        for (size_t i = 0; dropped && i < events.neurons.size(); ++i)
+            if (!dropped[events.neurons[i]]) events.neurons[kept] = events.neurons[i], events.excess[kept++] = events.excess[i];
+        if (dropped) events.neurons.resize(kept), events.excess.resize(kept);
+        const char* const bytes = reinterpret_cast<const char*>(events.excess.data());
+        noted.counts.push_back(static_cast<int32_t>(events.neurons.size()));
+        noted.neurons.insert(noted.neurons.end(), events.neurons.begin(), events.neurons.end());
+        noted.values.insert(noted.values.end(), bytes, bytes + events.excess.size() * sizeof(Real));
+        events.clear();
     }
 };
 
@@ -615,7 +661,11 @@ inline void list_network(ListNetwork& a, Arena& arena) {
     std::atomic<bool> failed{false};
     parallel(a.threads, a.samples, 1, [&](int64_t sample, int) {
         try {
-            SampleRun(call, sample).run();
+            SampleRun(call, sample, [&](int32_t p, const Held& held, const Real* before, int64_t stride) {
+                return with_step(a.populations[p].neurons, [&](auto model, auto reset) {
+                    return stepper<decltype(model), decltype(reset)>(call.populations[p], held, a.visit_cost, before, stride);
+                });
+            }).run();
         } catch (const std::exception&) {
             failed = true;
         }

@@ -29,6 +29,7 @@ Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, 
 struct SampleSpikes {
     std::vector<int32_t> counts;   // [T]
     std::vector<int32_t> neurons;  // those of each step, ascending
+    std::vector<char> values;      // of gradient events: U − θ, floats or doubles
 };
 struct Spikes {
     std::vector<SampleSpikes> of;  // [populations · samples]

@@ -181,6 +181,8 @@ struct ListConnection {
     int32_t least, most;    // the bounds of all delays
     int32_t source, target;  // source −1: the inputs
     int32_t to_membrane;
+    void *grad_values, *grad_bias;  // out, null: not wanted; [values] as they are packed, [N of the target]
+    int64_t values;
 };
 
 struct ListPopulation {
@@ -190,18 +192,28 @@ struct ListPopulation {
     const void* sent;       // [sent_steps][B][N], what it sent before the first step; null: nothing
     void* last;             // out: [states][B][N] after the last step
     int32_t size, sent_steps;
+    // Gradient events are the steps in which a neuron's surrogate derivative is not 0: |U − θ| < slack; 0: none are noted. The backward
+    // pass is given them, and spikes: how many in each sample and step, [B][T], and these in order.
+    float slack;
+    const int32_t *spike_counts, *spike_neurons, *event_counts, *event_neurons;
+    const void* slopes;     // of each gradient event, the surrogate derivative
+    const void *grad_rates, *grad_last, *grad_tail;  // null: zeros; of a spike in any step [B][N]; [states][B][N]; of one in the last
+    int32_t tail_steps;                              // steps [tail_steps][B][N]
+    void *grad_state, *grad_sent;  // out, null: not wanted
 };
 
-// Populations whose connections are lists (list_network.h), forward.
+// Populations whose connections are lists (list_network.h, list_gradients.h).
 struct ListNetwork {
     const ListPopulation* populations;
     const ListConnection* connections;
     const int32_t* order;   // in which populations receive in a step: one that another reaches without a delay comes after it
     const void* x;          // [T][B][in], or [B][in], held for all steps
     const void* before;     // [before_steps][B][in], the inputs before the first step; null: none
-    Spikes* spikes;         // out: of each population and sample
+    Spikes *spikes, *events;  // out: of each population and sample; gradient events with U − θ, null: not wanted
     int32_t population_count, connection_count, inputs, samples, steps, before_steps, threads, held;
     int32_t doubles;
+    void *grad_x, *grad_before;  // out, null: not wanted
+    int32_t truncate;       // at each multiple of so many steps, states and delayed spikes are constants; 0: never
     float visit_cost;       // a factor on what visits to neurons are assumed to cost; 0: always these, infinity: never
 };
 

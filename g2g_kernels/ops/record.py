@@ -152,6 +152,10 @@ def of_arguments(tensors: Sequence[Any], masks: Any, names: Any, numbers: Any, c
 Expected = Iterator[tuple[str, torch.Tensor | None, tuple[int, ...], torch.dtype]]
 
 
+#: in the shape of an output: as many as there are
+ANY_LENGTH = -1
+
+
 class Output(NamedTuple):
     """A tensor that an operator returns."""
 
@@ -160,7 +164,12 @@ class Output(NamedTuple):
 
     def made(self, like: torch.Tensor) -> torch.Tensor:
         """It, uninitialised, on the device of another tensor."""
-        return like.new_empty(self.shape, dtype=self.dtype)
+        shape = [torch.library.get_ctx().new_dynamic_size() if each == ANY_LENGTH else each for each in self.shape]
+        return like.new_empty(shape, dtype=self.dtype)
+
+
+def _fits(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    return len(shape) == len(expected) and all([want in (ANY_LENGTH, size) for size, want in zip(shape, expected)])  # noqa: B905
 
 
 class RecordOperator:
@@ -201,7 +210,7 @@ class RecordOperator:
     def check(self, record: Any) -> None:
         """Raises ValueError, naming the tensor, for one that a kernel would read or write outside of."""
         for name, tensor, shape, dtype in self.expected(record):
-            if tensor is not None and (tensor.shape != shape or (self.in_c and tensor.dtype != dtype)):
+            if tensor is not None and (not _fits(tensor.shape, shape) or (self.in_c and tensor.dtype != dtype)):
                 given = f"{tensor.dtype} {list(tensor.shape)}"
                 raise ValueError(f"{name} must be {dtype if self.in_c else ''} {list(shape)}, not {given}")
 

@@ -8,10 +8,13 @@ import re
 import matplotlib
 import numpy as np
 import pandas
+import pytest
 import torch
 from code_blocks import ROOT, run_blocks
 
 from examples import fly_trials
+from g2g_kernels.cpu import library
+from g2gnet import CubaLIF, Projection, SpikingNetwork
 
 RECORDED = ROOT / "tests" / "brian2_spikes.npz"
 
@@ -34,6 +37,62 @@ def test_brian2_and_g2g_have_the_same_spikes():
         theirs = names["current_based_in_brian2"]()
         np.testing.assert_array_equal(theirs, recorded["current_based"])
         np.testing.assert_array_equal(theirs, names["current_based_in_g2g"]())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_networks_by_events_have_the_spikes_of_brian2(seed, monkeypatch):
+    """Random networks with delays, inhibition, inputs onto the membrane and a refractory period, in float64."""
+    import brian2
+    from brian2 import ms, mV
+
+    draw, size, inputs, steps = np.random.default_rng(seed), 300, 20, 2000
+    pairs = np.unique(draw.integers(0, size * size, 9000))
+    pre, post = pairs // size, pairs % size
+    sign = np.where(draw.random(size) < 0.3, -1, 1)[pre]
+    weights = 0.55 * sign * draw.geometric(0.3, len(pre))
+    given = draw.random((steps, inputs)) < 0.015
+    period = np.where(np.arange(size) < inputs, 0, 2.2)
+
+    brian2.start_scope()
+    brian2.prefs.codegen.target = "numpy"
+    brian2.defaultclock.dt = 0.1 * ms
+    cells = brian2.NeuronGroup(
+        size,
+        """dv/dt = (g - v) / (20 * ms) : volt (unless refractory)
+        dg/dt = -g / (5 * ms) : volt (unless refractory)
+        period : second""",
+        method="linear", threshold="v > 7 * mV", reset="v = 0 * mV; g = 0 * mV", refractory="period",
+    )  # fmt: skip
+    cells.period = period * ms
+    joined = brian2.Synapses(cells, cells, "weight : volt", on_pre="g += weight", delay=1.8 * ms)
+    joined.connect(i=pre, j=post)
+    joined.weight = weights * mV
+    step, source = given.nonzero()
+    cue = brian2.SpikeGeneratorGroup(inputs, source, step * 0.1 * ms)
+    driven = brian2.Synapses(cue, cells, on_pre="v += 68.75 * mV")
+    driven.connect(j="i")
+    monitor = brian2.SpikeMonitor(cells)
+    brian2.Network(cells, joined, cue, driven, monitor).run(steps * 0.1 * ms)
+    theirs = np.stack([np.rint(monitor.t / (0.1 * ms)).astype(int), monitor.i], 1)
+    theirs = theirs[np.lexsort((theirs[:, 1], theirs[:, 0]))]
+
+    monkeypatch.setattr(library, "LIST_COST", 0.0)
+    own = Projection.from_edges("cells", "cells", pre, post, weights, 18, sizes=(size, size))
+    each = np.arange(inputs)
+    cue = Projection.from_edges("input", "cells", each, each, 68.75, 0, sizes=(inputs, size), onto="membrane")
+    period = torch.from_numpy(np.rint(period / 0.1))
+    neurons = CubaLIF(size, threshold=7.0, refractory=period, reset_current=True)
+    net = SpikingNetwork({"cells": neurons}, [*cue, *own], "cells").double()
+    x = torch.from_numpy(given.astype(float))[:, None]
+    with torch.no_grad():
+        neurons.beta.fill_(np.exp(-0.1 / 20))
+        neurons.syn_decay.fill_(np.exp(-0.1 / 5))
+        net.cells_to_cells.values.copy_(torch.from_numpy(weights)[np.lexsort((pre, post))][:, None, None])
+        for engine in ("all", "reached", ""):
+            monkeypatch.setenv("G2G_CPU_NEURONS", engine)
+            assert net.explain(x).way.name == "cpu events"
+            np.testing.assert_array_equal(net.simulate(x).spikes["cells"].events()[:, [0, 2]], theirs)
+    assert len(set(theirs[:, 1])) > inputs
 
 
 def test_the_page_on_connectomes_trains_the_worm():

@@ -35,7 +35,7 @@ cat $from >"$out"
 def test_nothing_is_compiled_where_the_library_was_made_from_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     SOURCES.mkdir(parents=True)
-    for name in (*PLAIN, "doubles", "kernels"):
+    for name in (*PLAIN, "networks", "kernels"):
         (SOURCES / f"{name}.cpp").write_text(name)
     (SOURCES / "vec.h").write_text("1")
     compiler, version, calls, target = (tmp_path / name for name in ("compiler", "version", "calls", "made/lib.so"))
@@ -50,7 +50,7 @@ def test_nothing_is_compiled_where_the_library_was_made_from_the_same(tmp_path, 
         build_library(target, tmp_path / "scratch", force)
         return len(calls.read_text().splitlines())
 
-    every = len(PLAIN) + 2 * len({"baseline"} & set(INSTRUCTION_SETS)) + 2  # the note, and the link
+    every = len(PLAIN) + 3 * len({"baseline"} & set(INSTRUCTION_SETS)) + 2  # the note, and the link
     assert compiles() == every
     passes = [f"Compiling the CPU kernels, 1 to 4 minutes: pass {number} of {every}" for number in range(1, every + 1)]
     assert sorted(capsys.readouterr().err.splitlines()) == sorted(passes)

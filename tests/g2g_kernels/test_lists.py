@@ -3,6 +3,7 @@ formed."""
 
 import functools
 import itertools
+import random
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_a_run_in_parts_and_in_chunks_is_the_whole_run(model, parameters):
             assert_close(mine, theirs.double())
 
 
-# --- by events, without gradients -------------------------------------------------------------------------------
+# --- by events --------------------------------------------------------------------------------------------------
 
 NETWORKS = {
     "model": MODELS,
@@ -217,7 +218,10 @@ SPANS = {"threshold": (0.7, 1.0), "refractory": (0.0, 4.0), "reset_current": (0.
 INPUTS, SIZES_OF_BOTH, STEPS = 9, (70, 33), 40
 
 
-def network(model, reset, delay, onto, batch, inputs, dtype, state=False, dropped=False, per_neuron=False, bias=False):
+def network(
+    model, reset, delay, onto, batch, inputs, dtype, state=False, dropped=False, per_neuron=False, bias=False,
+    surrogate="triangle", alpha=2.0,
+):  # fmt: skip
     """The arguments of ``g2g_stack`` for two populations that reach one another, the second of them of cubalif."""
     draw = seeded(batch)
 
@@ -236,7 +240,7 @@ def network(model, reset, delay, onto, batch, inputs, dtype, state=False, droppe
             drawn = least + (most - least) * torch.rand(size if per_neuron else 1, generator=draw, dtype=torch.float64)
             parameters.append((drawn.floor() if name in ("refractory", "reset_current") else drawn).to(dtype))
         return Population(
-            Neurons(model, tuple(parameters), reset),
+            Neurons(model, tuple(parameters), reset, surrogate, alpha),
             connections,
             torch.rand(batch, size, generator=draw) < 0.2 if dropped else None,
             1.2 * torch.rand(len(MODELS[model].states), batch, size, generator=draw).to(dtype) if state else None,
@@ -256,8 +260,12 @@ def network(model, reset, delay, onto, batch, inputs, dtype, state=False, droppe
 def in_float64(x, populations, steps, before):
     """A run of the reference."""
     tensors, form = opened((x, populations, before))
-    exact = built(form, [each.double().nan_to_num() if each.is_floating_point() else each for each in tensors])
+    exact = built(form, [exactly(each) for each in tensors])
     return g2g_stack(exact[0], exact[1], steps, "torch", before=exact[2])
+
+
+def exactly(tensor):
+    return tensor.double().nan_to_num() if tensor.is_floating_point() else tensor
 
 
 def assert_same_run(found, expected, close):
@@ -287,6 +295,74 @@ def test_networks_by_events_are_those_of_float64(
     assert_same_run(found, in_float64(x, populations, steps, before), CLOSE if dtype == torch.float32 else 1e-12)
 
 
+def with_gradients(x, populations, steps, before, backend, **options):
+    """A run, and the gradients of a loss on all that it gives, by all tensors of its call that may have one."""
+    tensors, form = opened((x, populations, before))
+    leaves = [each.detach().clone().requires_grad_(each.is_floating_point()) for each in tensors]
+    x, populations, before = built(form, leaves)
+    if backend == "cpu":
+        chosen = explain(x, populations, steps, backend, before=before)
+        assert chosen.way.name == "cpu events"
+    activity = g2g_stack(x, populations, steps, backend, before=before, **options)
+    draw, loss = seeded(5), 0
+    sent = [each.dense() for each in activity.sent if each is not None]
+    for given in (activity.counts, *activity.rates, *activity.states, *sent):
+        factor = 30 if given.dim() == 1 else 1  # of rates, which are small
+        loss = loss + (factor * given * torch.randn(given.shape, generator=draw, dtype=torch.float64)).sum()
+    wanted = [each for each in leaves if each.requires_grad]
+    return activity, torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+GRADIENTS = {
+    **{name: values for name, values in NETWORKS.items() if name != "model"},
+    "truncate": (None, 7, 13, 100),
+    "surrogate": [name for name, surrogate in SURROGATES.items() if surrogate.compact],
+    "alpha": (1.0, 2.0, 4.0),
+}
+
+
+def compare_gradients(threads, neurons, truncate, dtype, **of):
+    x, populations, steps, before = network("cubalif", dtype=dtype, **of)
+    with pytest.MonkeyPatch.context() as patch, pytorch_threads(threads):
+        patch.setenv("G2G_CPU_NEURONS", neurons)
+        found, mine = with_gradients(x, populations, steps, before, "cpu", truncate=truncate)
+    tensors, form = opened((x, populations, before))
+    exact = built(form, [exactly(each) for each in tensors])
+    expected, theirs = with_gradients(exact[0], exact[1], steps, exact[2], "torch", truncate=truncate)
+    for one, other in zip(found.spikes, expected.spikes, strict=True):
+        assert torch.equal(one.dense().double(), other.dense())
+    for one, other in zip(mine, theirs, strict=True):
+        other = torch.zeros_like(one) if other is None else other
+        # one number for all neurons sums terms of both signs
+        close = 1e-11 if dtype == torch.float64 else 1e-4 if other.numel() > 1 else 3e-3
+        assert (one.double() - other).abs().max() <= close * (1e-3 + other.abs().max())
+
+
+@every_pair(**GRADIENTS)
+def test_gradients_by_events_are_those_of_float64(
+    reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias, truncate, surrogate,
+    alpha,
+):  # fmt: skip
+    compare_gradients(**locals())
+
+
+@pytest.mark.long
+def test_gradients_of_300_random_networks_by_events_are_those_of_float64():
+    draw = random.Random(1)
+    for _ in range(300):
+        compare_gradients(**{name: draw.choice(tuple(values)) for name, values in GRADIENTS.items()})
+
+
+def test_a_gradient_by_events_that_is_not_finite_is_an_error_that_names_it():
+    x, populations, *_ = network("cubalif", "zero", "one", None, 1, "spikes", torch.float32)
+    first, *_ = populations[0].connections
+    first.values.requires_grad_()
+    with pytest.raises(
+        FloatingPointError, match=r"^the gradient of values of a connection to population 0 is not finite"
+    ):
+        (g2g_stack(x, populations, backend="cpu").counts * 3e38).sum().backward()
+
+
 @pytest.mark.parametrize("neurons", ["all", "reached"])
 def test_a_run_by_events_in_parts_and_in_chunks_is_the_whole_run(monkeypatch, neurons):
     monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
@@ -295,6 +371,9 @@ def test_a_run_by_events_in_parts_and_in_chunks_is_the_whole_run(monkeypatch, ne
     assert_same_run(whole, in_float64(x, populations, None, None), 1e-12)
     chunked = g2g_stack(x, populations, backend="cpu", chunk=3)
     assert torch.equal(chunked.counts, whole.counts)
+    of_all = with_gradients(x, populations, None, None, "cpu")[1]
+    for one, other in zip(with_gradients(x, populations, None, None, "cpu", chunk=7)[1], of_all, strict=True):
+        assert one is other is None or (one - other).abs().max() <= 1e-12 * (1 + other.abs().max())
     before, counts = None, 0
     for part in x.split(17):  # shorter and longer than delays
         activity = g2g_stack(part, populations, backend="cpu", before=before)
@@ -357,7 +436,13 @@ def test_calls_that_events_do_not_serve_are_refused_by_name(monkeypatch):
     x, populations, *_ = network("lif", "zero", "one", None, 1, "spikes", torch.float32)
     populations[0].connections[0].values.requires_grad_()
     reasons = explain(x, populations).reasons
-    assert reasons["cpu events"] == "computes no gradients; call under torch.no_grad() where none is needed"
+    assert reasons["cpu events"].startswith("computes no gradients of the model 'lif' (population 0); call under")
+    x, of_cubalif, *_ = network("cubalif", "zero", "per neuron", None, 1, "spikes", torch.float32, surrogate="atan")
+    of_cubalif[0].connections[0].values.requires_grad_()
+    reason = explain(x, of_cubalif).reasons["cpu events"]
+    assert reason.startswith(
+        "computes no gradients of the surrogate 'atan', which is not 0 far from the threshold (pop"
+    )
     with torch.no_grad():
         assert explain(x, populations).way.name == "cpu events"
         shown = populations[0]._replace(membranes=True), populations[1]

@@ -7,6 +7,7 @@ import torch
 from covering import every_pair
 from helpers import backends_of, rms, seeded
 from networks import three_layers
+from torch.utils import _pytree as pytree
 
 from g2g_kernels.ops.g2g_stack import WAYS, cpu
 from g2gnet import LIF, G2GNet, Synaptic
@@ -59,6 +60,26 @@ def test_gradients_of_chunks_are_those_of_the_whole(backend, scene):
     chunked, whole = (gradients_of(scene, backend, chunk) for chunk in (4, None))
     assert all(rms(ours - theirs) <= NEAR[scene] * rms(theirs) for ours, theirs in zip(chunked, whole, strict=True))
     assert [each.any() for each in whole].count(False) <= (scene == "of the last membranes")  # no threshold there
+
+
+@every_pair(backend=BACKENDS, chunk=(None, 2))
+def test_truncated_gradients_are_those_of_parts_from_states_without_one(backend, chunk):
+    stack, x = stack_of(backend), inputs_of()
+    learned = [x, *stack.parameters()]
+    activity = stack.simulate(x, truncate=4, chunk=chunk)
+    truncated = torch.autograd.grad(loss_of(activity.counts, activity.rates, activity.state), learned)
+    counts, rates, state = 0, [torch.zeros(size) for size in stack.sizes[: stack.depth]], None
+    for part in x.split(4):
+        activity = stack.simulate(part, state)
+        counts = counts + activity.counts
+        rates = [rate + len(part) / T * of_part for rate, of_part in zip(rates, activity.rates, strict=True)]
+        state = pytree.tree_map(torch.detach, activity.state)
+    state = activity.state
+    expected = torch.autograd.grad(loss_of(counts, rates, state), learned)
+    whole = torch.autograd.grad(stack.simulate(x).counts.sum(), x)[0]
+    assert all(rms(ours - theirs) <= 2e-5 * rms(theirs) for ours, theirs in zip(truncated, expected, strict=True))
+    assert rms(whole - torch.autograd.grad(stack.simulate(x, truncate=4).counts.sum(), x)[0]) > 1e-2 * rms(whole)
+    assert torch.equal(stack.simulate(x, truncate=T).counts, stack.simulate(x).counts)
 
 
 def test_chunks_keep_no_states_of_single_steps():
@@ -172,7 +193,7 @@ def test_a_layer_without_a_state_begins_with_zeros_and_a_stack_that_calls_its_la
     stack.fc1.register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="step"):
         _ = stack.simulate(x).state
-    for given in ({"state": state}, {"chunk": 4}):
+    for given in ({"state": state}, {"chunk": 4}, {"truncate": 4}):
         with pytest.raises(ValueError, match="fc1 carries hooks"):
             stack.simulate(x, **given)
 

@@ -31,6 +31,7 @@ def g2g_stack(
     spikes: bool = False,
     chunk: int | None = None,
     before: torch.Tensor | None = None,
+    truncate: int | None = None,
 ) -> Activity:
     """Runs populations of spiking neurons; differentiable in x and in all their tensors.
 
@@ -48,6 +49,8 @@ def g2g_stack(
             the same; memory grows with T only by spikes and the states between chunks. (It saves nothing inside
             ``torch.compile`` and ``torch.func``.)
         before: [D, B, in], the inputs of the D steps before the first, if a delay reads them; None: zeros.
+        truncate: K: no gradient passes from steps K, 2·K, … on to states of the steps before, or to spikes that were
+            sent there and arrive later (truncated backpropagation); inputs have theirs. None: all gradients.
 
     Raises:
         ValueError: for options out of range, or tensors that do not match.
@@ -61,7 +64,7 @@ def g2g_stack(
         >>> activity.counts.shape, activity.rates[0].shape
         (torch.Size([2, 4]), torch.Size([4]))
     """
-    return run(Call(x, tuple(populations or ()), steps, before, backend, spikes), chunk)
+    return run(Call(x, tuple(populations or ()), steps, before, backend, spikes, truncate=truncate), chunk)
 
 
 def explain(

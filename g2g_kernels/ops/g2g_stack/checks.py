@@ -100,22 +100,22 @@ def checked_sparse(call: Call) -> torch.Tensor:
     return x.coalesce()
 
 
-def check_chunk(chunk: int, call: Call) -> None:
-    """Raises ValueError unless a call can run so many steps at a time."""
-    COUNT.check("chunk", chunk)
+def check_chunk(chunk: int, call: Call, name: str = "chunk") -> None:
+    """Raises ValueError unless a call can run so many steps at a time; ``name`` is the argument's."""
+    COUNT.check(name, chunk)
     if call.spikes:
         raise ValueError(
-            f"chunk={chunk} does not keep the spikes over time that spikes=True gives a gradient; give one of them"
+            f"{name}={chunk} does not keep the spikes over time that spikes=True gives a gradient; give one of them"
         )
     if any(each.images is not None and each.images.norm for of in call.populations for each in of.connections):
-        raise ValueError(f"chunk={chunk} has no statistics of all steps, which a norm that trains takes; leave it out")
+        raise ValueError(f"{name}={chunk} has no statistics of all steps, which a norm that trains takes; leave it out")
     if any(population.membranes for population in call.populations):
-        raise ValueError(f"chunk={chunk} does not keep the membranes that a population is to give; leave it out")
+        raise ValueError(f"{name}={chunk} does not keep the membranes that a population is to give; leave it out")
     delays = [each.delay for population in call.populations for each in population.connections]
     for delay in delays:
         if delay is not None and delay.least < delay.ahead:
             raise ValueError(
-                f"chunk={chunk} does not know the spikes after a chunk, which the gradient of width {delay.width} of a "
+                f"{name}={chunk} does not know the spikes after a chunk, which the gradient of width {delay.width} of a "
                 f"learned delay of {delay.least} reads; leave it out, fix the delays, or give a width up to the least "
                 "delay that can be learned (0, on a cycle 1)"
             )

@@ -49,22 +49,28 @@ class SparseSteps:
         return dense
 
 
-def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call) -> Activity:
-    """The activity of ``run`` over all steps, ``chunk`` of them at a time (the last may be shorter)."""
+def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated: bool = False) -> Activity:
+    """The activity of ``run`` over all steps, ``chunk`` of them at a time (the last may be shorter); ``truncated``: no
+    gradient passes from one to the one before it, and none is computed again."""
     done: list[tuple[int, Activity]] = []
     populations, before = call.populations, call.before
     for first in range(0, total_steps(call), chunk):
         size = min(chunk, total_steps(call) - first)
         part, held = (call.x[first : first + size], None) if call.steps is None else (call.x, size)
         of_part = replaced(call, x=part, populations=populations, steps=held, before=before, carried=True)
-        activity = run(of_part) if call.plain or torch.compiler.is_compiling() else _recomputed(of_part, run)
+        again = not (truncated or call.plain or torch.compiler.is_compiling())
+        activity = _recomputed(of_part, run) if again else run(of_part)
         assert activity.states is not None
         *sent, of_inputs = activity.sent or (None,) * (len(populations) + 1)
         before = None if of_inputs is None else of_inputs.dense()
+        states, trains = activity.states, [None if each is None else each.dense() for each in sent]
+        if truncated:
+            states = [each.detach() for each in states]
+            trains = [None if each is None else each.detach() for each in trains]
         populations = tuple(
             [
-                replaced(population, state=state, sent=of_population and of_population.dense())
-                for population, state, of_population in zip(populations, activity.states, sent)  # noqa: B905
+                replaced(population, state=state, sent=train)
+                for population, state, train in zip(populations, states, trains)  # noqa: B905
             ]
         )
         done.append((size, activity))

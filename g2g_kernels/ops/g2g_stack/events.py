@@ -1,10 +1,16 @@
-"""Populations whose connections are lists, forward over all steps in one call, on the compiled CPU kernels: operator
-``g2g::events``. A spike costs the weights that it visits, and spikes stay lists (``csrc/list_network.h``). It takes
-float32 or float64, and computes no gradients.
+"""Populations whose connections are lists, over all steps in one call, on the compiled CPU kernels: operators
+``g2g::events_forward`` (with its autograd formula) and ``g2g::events_backward``. A spike costs the weights that it
+visits, and spikes stay lists (``csrc/list_network.h``). They take float32 or float64.
+
+Gradients are computed of ``cubalif`` neurons whose surrogate is compact, by gradient events: the steps in which a
+neuron's surrogate derivative is not 0. The forward pass keeps these with their U − θ, and spikes, but no states
+(``csrc/list_gradients.h``).
 """
 
 import os
+from collections.abc import Sequence
 from ctypes import addressof
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,9 +20,11 @@ from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import library, pointer, run, too_large
 from g2g_kernels.cpu.plans import in_lists, lists_for
 from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
+from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.cpu import delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.population import (
@@ -33,8 +41,11 @@ from g2g_kernels.ops.g2g_stack.population import (
     total_steps,
     unread,
 )
+from g2g_kernels.ops.g2g_stack.reference import in_turn
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
-from g2g_kernels.ops.record import TYPES, Expected, RecordOperator, opened
+from g2g_kernels.ops.neurons.step import in_steps
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import ANY_LENGTH, TYPES, Backward, Differentiable, Expected, Output, opened
 from g2g_kernels.tracing import is_traced, replaced
 
 #: fields that the kernels do not read
@@ -52,6 +63,9 @@ class EventsCall(NamedTuple):
         populations: the output last.
         steps: T.
         order: the populations in the order in which they receive in a step.
+        tails: of each population, the number of last steps whose spikes are wanted with a gradient.
+        notes: whether gradient events are noted.
+        truncate: as in :class:`Call`; 0: never.
     """
 
     x: torch.Tensor
@@ -59,6 +73,9 @@ class EventsCall(NamedTuple):
     populations: tuple[Population, ...]
     steps: int
     order: tuple[int, ...]
+    tails: tuple[int, ...]
+    notes: bool = False
+    truncate: int = 0
 
     @property
     def batch(self) -> int:
@@ -70,6 +87,10 @@ class EventsCall(NamedTuple):
         check_ends(self.populations, self.x.shape[-1])
         if sorted(self.order) != [*range(len(self.populations))] or self.steps < 1:
             raise ValueError(f"order={self.order} must name each population once, and steps={self.steps} be above 0")
+        if len(self.tails) != len(self.populations) or not all([0 <= tail <= self.steps for tail in self.tails]):
+            raise ValueError(f"tails={self.tails} must have a number of steps up to {self.steps} of each population")
+        if self.notes and (reason := _refuses_gradients(self.populations)):
+            raise ValueError(reason)
         dtype, shape = self.x.dtype, (self.batch, self.x.shape[-1])
         yield "x", self.x, shape if self.x.dim() == 2 else (self.steps, *shape), dtype
         yield "before", self.before, (0 if self.before is None else len(self.before), *shape), dtype
@@ -99,7 +120,22 @@ def refuses(call: Call) -> str | None:
     if not lists:
         return "no weights lie in lists"
     if call.repeated or (torch.is_grad_enabled() and any([each.requires_grad for each in opened(call)[0]])):
-        return "computes no gradients; call under torch.no_grad() where none is needed"
+        return _refuses_gradients(call.populations)
+    return None
+
+
+def _refuses_gradients(populations: Sequence[Population]) -> str | None:
+    """Why these kernels cannot compute the gradients of populations, or None."""
+    for number, population in enumerate(populations):
+        neurons, connections, own = population.neurons, population.connections, ""
+        if neurons.model != "cubalif":
+            own = f"the model {neurons.model!r}"
+        elif not SURROGATES[neurons.surrogate].compact:
+            own = f"the surrogate {neurons.surrogate!r}, which is not 0 far from the threshold"
+        elif any([of.delay and of.delay.learned is not None and of.delay.learned.requires_grad for of in connections]):
+            own = "learned delays"
+        if own:
+            return f"computes no gradients of {own} (population {number}); call under torch.no_grad() if none is needed"
     return None
 
 
@@ -176,20 +212,27 @@ def g2g_events(call: Call) -> Activity:
         sent = sent_before(population, reach[number], call.x.dtype)
         populations.append(contiguous(population, connections, sent, call.x.dtype))
     order = tuple([number for component in components(call.populations) for number in component.members])
-    before = None if call.before is None else call.before.contiguous()
-    counts, neurons, last = OPERATOR(EventsCall(call.x.contiguous(), before, tuple(populations), steps, order))
+    before, x = None if call.before is None else call.before.contiguous(), call.x.contiguous()
+    notes = call.repeated or (torch.is_grad_enabled() and any([each.requires_grad for each in opened(call)[0]]))
+    tails = tuple([min(each, steps) if notes else 0 for each in reach[:-1]])
+    given = EventsCall(x, before, tuple(populations), steps, order, tails, notes, call.truncate or 0)
+    counts, rates, last, sent, kept = OPERATOR(given)
     spikes = [
-        EventSpikes(of_steps, of_all, size_of(population), call.x.new_empty(0))
-        for of_steps, of_all, population in zip(counts, neurons, call.populations, strict=True)
+        EventSpikes(*kept[2 * number : 2 * number + 2], size_of(population), x.new_empty(0))
+        for number, population in enumerate(call.populations)
     ]
-    vectors = steps * call.x.shape[-2]
-    sent_last: list[Spikes | None] = [
-        LastEvents(each, reach[number], steps, populations[number].sent) if reach[number] else None
-        for number, each in enumerate(spikes)
-    ]
+    tails_left, sent_last = iter(sent), list[Spikes | None]()
+    for population, each, of in zip(populations, spikes, reach, strict=False):  # the inputs come last
+        if of and notes:
+            tail = next(tails_left)
+            train = Train(tail[0], population.sent)
+            train.append(tail)
+            sent_last.append(DenseSpikes(train.window(train.length - of, train.length)))
+        else:
+            sent_last.append(LastEvents(each, of, steps, population.sent) if of else None)
     return Activity(
-        spikes[-1].per_neuron(of_samples=True),
-        tuple([each.per_neuron()[0] / vectors for each in spikes]),
+        counts,
+        tuple(rates),
         tuple(spikes),
         states=tuple(last),
         sent=(*sent_last, _last_inputs(call, reach[-1], steps)),
@@ -206,27 +249,33 @@ def _last_inputs(call: Call, reach: int, steps: int) -> Spikes | None:
 
 
 class _Arguments:
-    """The arguments of the kernel, and all that must outlive it."""
+    """The arguments of the kernel, and all that must outlive it; ``to``: a record of the form of ``call`` with the
+    tensors for its gradients."""
 
-    def __init__(self, call: EventsCall, last: list[torch.Tensor], spikes: int) -> None:
+    def __init__(self, call: EventsCall, to: EventsCall | None = None) -> None:
         of = [(number, each) for number, population in enumerate(call.populations) for each in population.connections]
+        grads = [None] * len(of) if to is None else [each for part in to.populations for each in part.connections]
         self.lists = [lists_for(each.mask, each.values, "cols") for _, each in of]
         self.weights = [lists.ordered(each.values) for lists, (_, each) in zip(self.lists, of, strict=True)]
         self.order = torch.tensor(call.order, dtype=torch.int32)
         self.populations = (structures.ListPopulation * len(call.populations))()
         self.connections = (structures.ListConnection * len(of))()
         for number, population in enumerate(call.populations):
-            sent = population.sent
+            sent, grad, neurons = population.sent, to and to.populations[number], population.neurons
             self.populations[number] = structures.ListPopulation(
-                neurons=neuron_arguments(population.neurons),
+                neurons=neuron_arguments(neurons, () if grad is None else grad.neurons.parameters),
                 dropped=pointer(population.dropped),
                 state=pointer(population.state),
                 sent=pointer(sent),
                 sent_steps=0 if sent is None else len(sent),
-                last=last[number].data_ptr(),
                 size=size_of(population),
+                slack=1 / neurons.alpha if call.notes else 0,
+                grad_state=grad and pointer(grad.state),
+                grad_sent=grad and pointer(grad.sent),
             )
-        for place, ((target, each), lists, weights) in enumerate(zip(of, self.lists, self.weights, strict=True)):
+        for place, ((target, each), lists, weights, grad) in enumerate(
+            zip(of, self.lists, self.weights, grads, strict=True)
+        ):
             delay = each.delay or Delay(0, 0)
             self.connections[place] = structures.ListConnection(
                 lists=lists.address,
@@ -238,6 +287,9 @@ class _Arguments:
                 source=each.source,
                 target=target,
                 to_membrane=each.onto == "membrane",
+                values=each.values.numel(),
+                grad_values=grad and pointer(grad.values),
+                grad_bias=grad and pointer(grad.bias),
             )
         self.network = structures.ListNetwork(
             populations=addressof(self.populations),
@@ -246,7 +298,6 @@ class _Arguments:
             x=call.x.data_ptr(),
             before=pointer(call.before),
             before_steps=0 if call.before is None else len(call.before),
-            spikes=spikes,
             population_count=len(call.populations),
             connection_count=len(of),
             inputs=call.x.shape[-1],
@@ -255,45 +306,132 @@ class _Arguments:
             threads=torch.get_num_threads(),
             held=call.x.dim() == 2,
             doubles=call.x.dtype == torch.float64,
+            grad_x=to and pointer(to.x),
+            grad_before=to and pointer(to.before),
+            truncate=call.truncate,
             visit_cost=visit_cost(),
         )
 
 
 _Each = list[torch.Tensor]
+#: counts [B, N] of the output; of each population rates [N] and the states after the last step [states, B, N]; the
+#: spikes of its last steps [tail, B, N] where they are wanted; and kept of each: how many spikes each sample has in
+#: each step, int32 [B, T], and the neurons of these in order, int32; then the same of gradient events, with U − θ
+Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each]
 
 
-def _forward(call: EventsCall) -> tuple[_Each, _Each, _Each]:
-    """Of each population how many spikes each sample has in each step, int32 [B, T]; the neurons of these in order,
-    int32; and the states after the last step [states, B, N]."""
-    count = len(call.populations) * call.batch
+def _listed(call: EventsCall, handle: int, number: int, valued: bool) -> list[torch.Tensor]:
+    """What ``handle`` has of a population: counts, neurons and, with ``valued``, numbers."""
+    numbers = range(number * call.batch, (number + 1) * call.batch)
+    sizes = [library().g2g_spikes_count(handle, each) for each in numbers]
+    counts = torch.empty(call.batch, call.steps, dtype=torch.int32)
+    neurons = torch.empty(sum(sizes), dtype=torch.int32)
+    values = torch.empty(len(neurons) if valued else 0, dtype=call.x.dtype)
+    of_samples = zip(numbers, counts, neurons.split(sizes), strict=True)
+    rest = iter(values.split(sizes)) if valued else None
+    for each, to, part in of_samples:
+        address = rest and next(rest).data_ptr()
+        library().g2g_spikes_copy(handle, each, to.data_ptr(), part.data_ptr(), address)
+    return [counts, neurons, values] if valued else [counts, neurons]
+
+
+def _forward(call: EventsCall, keep: bool) -> Outputs:
+    count = len(call.populations)
     last = [workspace.empty(state_shape(of, call.batch), call.x.dtype) for of in call.populations]
-    if not (spikes := library().g2g_spikes_new(count)):
-        raise MemoryError(f"there is no memory for the spikes of {count} populations and samples")
-    counts, neurons = [], []
+    handles: list[int] = []
     try:
-        arguments = _Arguments(call, last, spikes)
+        for _ in range(2 if call.notes else 1):
+            if not (handle := library().g2g_spikes_new(count * call.batch)):
+                raise MemoryError(f"there is no memory for the spikes of {count} populations, {call.batch} samples")
+            handles.append(handle)
+        arguments = _Arguments(call)
+        for population, to in zip(arguments.populations, last, strict=True):
+            population.last = to.data_ptr()
+        arguments.network.spikes, arguments.network.events = handles[0], handles[-1] if call.notes else None
         run(library().g2g_list_network, arguments.network)
-        for population in range(len(call.populations)):
-            numbers = range(population * call.batch, (population + 1) * call.batch)
-            sizes = [library().g2g_spikes_count(spikes, number) for number in numbers]
-            of_steps = torch.empty(call.batch, call.steps, dtype=torch.int32)
-            of_all = torch.empty(sum(sizes), dtype=torch.int32)
-            for number, to, part in zip(numbers, of_steps, of_all.split(sizes), strict=True):
-                library().g2g_spikes_copy(spikes, number, to.data_ptr(), part.data_ptr())
-            counts.append(of_steps)
-            neurons.append(of_all)
+        kept = [
+            _listed(call, handle, number, valued) for valued, handle in enumerate(handles) for number in range(count)
+        ]
     finally:
-        library().g2g_spikes_free(spikes)
-    return counts, neurons, last
+        for handle in handles:
+            library().g2g_spikes_free(handle)
+    spikes = [
+        EventSpikes(*each, size_of(population), call.x.new_empty(0))
+        for each, population in zip(kept, call.populations, strict=False)
+    ]
+    tails = [each.dense(tail) for each, tail in zip(spikes, call.tails, strict=True) if tail]
+    rates = [each.per_neuron()[0] / (call.steps * call.batch) for each in spikes]
+    return spikes[-1].per_neuron(of_samples=True), rates, last, tails, [each for part in kept for each in part]
 
 
-def _fake(call: EventsCall) -> tuple[_Each, _Each, _Each]:
-    context = torch.library.get_ctx()
-    return (
-        [call.x.new_empty(call.batch, call.steps, dtype=torch.int32) for _ in call.populations],
-        [call.x.new_empty(context.new_dynamic_size(), dtype=torch.int32) for _ in call.populations],
-        [call.x.new_empty(state_shape(population, call.batch)) for population in call.populations],
-    )
+def _outputs(call: EventsCall, keep: bool) -> list[Output | list[Output]]:
+    dtype, shapes = call.x.dtype, [state_shape(population, call.batch) for population in call.populations]
+    listed = [Output((call.batch, call.steps), torch.int32), Output((ANY_LENGTH,), torch.int32)]
+    of_events = [*listed, Output((ANY_LENGTH,), dtype)] if call.notes else []
+    return [
+        Output(shapes[-1][1:], dtype),
+        [Output(shape[2:], dtype) for shape in shapes],
+        [Output(shape, dtype) for shape in shapes],
+        [Output((tail, *shape[1:]), dtype) for tail, shape in zip(call.tails, shapes, strict=True) if tail],
+        [*listed * len(shapes), *of_events * len(shapes)],
+    ]
 
 
-OPERATOR = RecordOperator("events", "(Tensor[] counts, Tensor[] neurons, Tensor[] last)", _forward, _fake)
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, (of_counts, *of_results) = given.call, given.grads
+    count = len(call.populations)
+    spikes = [given.kept[2 * number : 2 * number + 2] for number in range(count)]
+    events = [given.kept[2 * count + 3 * number : 2 * count + 3 * number + 3] for number in range(count)]
+    grads, to = given.made(workspace.alike)
+    arguments, outlive, tails = _Arguments(call, to), [], iter(of_results[2 * count :])
+    for number, (population, place) in enumerate(zip(call.populations, arguments.populations, strict=True)):
+        _check_listed(number, size_of(population), *spikes[number])
+        _check_listed(number, size_of(population), *events[number])
+        slopes = SURROGATES[population.neurons.surrogate].derivative(events[number][2], population.neurons.alpha)
+        of_spikes = of_counts if number + 1 == count else None
+        if (of_rates := of_results[number]) is not None:
+            of_rates = (of_rates / (call.steps * call.batch)).expand(call.batch, -1)
+            of_spikes = of_rates.contiguous() if of_spikes is None else of_spikes + of_rates
+        place.spike_counts, place.spike_neurons = [each.data_ptr() for each in spikes[number]]
+        place.event_counts, place.event_neurons = [each.data_ptr() for each in events[number][:2]]
+        place.slopes, place.grad_rates = slopes.data_ptr(), pointer(of_spikes)
+        place.grad_last, place.tail_steps = pointer(of_results[count + number]), call.tails[number]
+        place.grad_tail = pointer(next(tails)) if call.tails[number] else None
+        outlive += slopes, of_spikes
+    run(library().g2g_list_network, arguments.network, backward=True)
+    names = {id(tensor): name for name, tensor, *_ in call.expected()}
+    for tensor, grad in zip(opened(call)[0], grads, strict=True):
+        if grad is not None and not grad.sum().isfinite() and not grad.isfinite().all():
+            raise FloatingPointError(
+                f"the gradient of {names[id(tensor)]} is not finite: over {call.truncate or call.steps} steps back it "
+                "grows from spike to spike; give simulate() a truncate of fewer steps"
+            )
+    return grads
+
+
+def _check_listed(number: int, size: int, counts: torch.Tensor, neurons: torch.Tensor, *values: torch.Tensor) -> None:
+    """Raises ValueError for lists that kernels would read outside of."""
+    fit = int(counts.sum()) == len(neurons) and all([len(each) == len(neurons) for each in values])
+    if not fit or counts.min() < 0 or (len(neurons) and not 0 <= neurons.min() <= neurons.max() < size):
+        raise ValueError(
+            f"the spikes and gradient events of population {number} must be as many as their counts say, of neurons "
+            f"below {size}"
+        )
+
+
+def _plain(call: EventsCall) -> list[torch.Tensor]:
+    """Counts, rates, last states and the last spikes by plain operations."""
+    held = call.steps if call.x.dim() == 2 else None
+    plain = Call(call.x, call.populations, held, call.before, spikes=True)
+    run_plain = partial(in_turn, linear=linear.g2g_linear, neurons=in_steps)
+    if call.truncate:
+        activity = in_chunks(run_plain, call.truncate, replaced(plain, plain=True), truncated=True)
+    else:
+        activity = run_plain(plain)
+    assert activity.states is not None
+    tails = [each.dense()[call.steps - tail :] for each, tail in zip(activity.spikes, call.tails, strict=True) if tail]
+    return [activity.counts, *activity.rates, *activity.states, *tails]
+
+
+RESULTS = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] tails, Tensor[] kept)"
+OPERATOR = Differentiable("events", RESULTS, 4, _forward, _backward, _outputs, _plain)

@@ -101,6 +101,7 @@ class Call(NamedTuple):
         plain: whether derivatives are wanted that only plain operations have.
         carried: whether what delays carry into the run has a gradient.
         repeated: whether the run is computed again for its gradients, and then needs the same spikes to the last bit.
+        truncate: K, where states and delayed spikes are constants at steps K, 2·K, …; None: nowhere.
         modules: what calls the modules of a network instead, ``run(call)``, and ``why`` that is needed; None: nothing.
     """
 
@@ -113,6 +114,7 @@ class Call(NamedTuple):
     plain: bool = False
     carried: bool = False
     repeated: bool = False
+    truncate: int | None = None
     modules: Any = None
 
 

@@ -121,6 +121,16 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     tensors, form = opened(call)
     if is_transformed(tensors):
         call = replaced(call, plain=True)
+    if (truncate := call.truncate) is not None:
+        check_chunk(truncate, call, "truncate")
+        call = checked(replaced(call, truncate=truncate if truncate < total_steps(call) else None))
+        if call.truncate is None:
+            tensors, form = opened(call)
+        elif WAYS.choose(normalised(call), backend=call.backend).way.run is not events.g2g_events:
+            parts = in_chunks(partial(run, chunk=chunk), truncate, replaced(call, truncate=None), truncated=True)
+            return _finished(call, call, parts)
+        else:
+            chunk = None  # which would save nothing
     if chunk is not None:
         check_chunk(chunk, call)
         call = checked(call)
@@ -166,6 +176,15 @@ def _run_sparse(call: Call, chunk: int | None) -> Activity:
         )
     check_chunk(chunk or most, call)
     rows: Any = SparseSteps(x)
+    if (truncate := call.truncate) is not None:
+        check_chunk(truncate, call, "truncate")
+        if truncate > most:
+            raise ValueError(
+                f"sparse inputs {list(x.shape)} are run {most} steps at a time, over which no gradient of "
+                f"truncate={truncate} steps passes; give inputs.to_dense(), or a truncate up to {most}"
+            )
+        own = most - most % truncate
+        return in_chunks(partial(run, chunk=chunk), own, replaced(call, x=rows), truncated=True)
     return in_chunks(run, chunk or most, replaced(call, x=rows))
 
 

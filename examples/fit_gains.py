@@ -11,7 +11,6 @@ import time
 
 import torch
 from torch.nn.utils import parametrize
-from torch.utils import _pytree
 
 from g2gnet import CubaLIF, Projection, SpikingNetwork
 
@@ -53,10 +52,7 @@ def brain(draw: torch.Generator) -> tuple[SpikingNetwork, torch.Tensor]:
 
 def rates_of(net: SpikingNetwork, x: torch.Tensor) -> torch.Tensor:
     """The mean rates [B, types] in spikes a step."""
-    state, counts = None, 0
-    for part in x.split(WINDOW):
-        activity = net.simulate(part, state)
-        state, counts = _pytree.tree_map(torch.Tensor.detach, activity.state), counts + activity.output
+    counts = net.simulate(x, truncate=WINDOW).output
     return counts.unflatten(1, (TYPES, SIZE)).mean(2) / len(x)
 
 

@@ -108,7 +108,7 @@ class SpikingNeurons(nn.Module):
 
     @property
     def model_name(self) -> str:
-        """The model that operators run: that of the class, or with a ``refractory`` period the one that has it."""
+        """The name of the model that operators run, which is another one with a ``refractory`` period."""
         model = type(self).model
         waits = self.refractory is not None and "refractory" not in model.parameters
         return f"{REFRACTORY}{model.name}" if waits else model.name

@@ -363,6 +363,19 @@ def test_a_gradient_by_events_that_is_not_finite_is_an_error_that_names_it():
         (g2g_stack(x, populations, backend="cpu").counts * 3e38).sum().backward()
 
 
+def test_gradients_by_events_have_gradients_of_their_own_by_plain_operations():
+    x, populations, *_ = network("cubalif", "zero", "one", None, 1, "spikes", torch.float64)
+    values = [each.values.requires_grad_() for each in populations[0].connections]
+    for truncate in (None, 7):
+        second = {}
+        for backend in ("cpu", "torch"):
+            counts = g2g_stack(x, populations, backend=backend, truncate=truncate).counts
+            first = torch.autograd.grad(counts.square().sum(), values, create_graph=True)
+            second[backend] = first + torch.autograd.grad(sum(each.square().sum() for each in first), values)
+        for one, other in zip(second["cpu"], second["torch"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("neurons", ["all", "reached"])
 def test_a_run_by_events_in_parts_and_in_chunks_is_the_whole_run(monkeypatch, neurons):
     monkeypatch.setenv("G2G_CPU_NEURONS", neurons)

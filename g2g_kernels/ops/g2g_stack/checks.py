@@ -115,9 +115,9 @@ def check_chunk(chunk: int, call: Call, name: str = "chunk") -> None:
     for delay in delays:
         if delay is not None and delay.least < delay.ahead:
             raise ValueError(
-                f"{name}={chunk} does not know the spikes after a chunk, which the gradient of width {delay.width} of a "
-                f"learned delay of {delay.least} reads; leave it out, fix the delays, or give a width up to the least "
-                "delay that can be learned (0, on a cycle 1)"
+                f"{name}={chunk} does not know the spikes after a chunk, which the gradient of width {delay.width} of "
+                f"a learned delay of {delay.least} reads; leave it out, fix the delays, or give a width up to the "
+                "least delay that can be learned (0, on a cycle 1)"
             )
 
 

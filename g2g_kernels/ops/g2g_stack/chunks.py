@@ -63,7 +63,7 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
         assert activity.states is not None
         *sent, of_inputs = activity.sent or (None,) * (len(populations) + 1)
         before = None if of_inputs is None else of_inputs.dense()
-        states, trains = activity.states, [None if each is None else each.dense() for each in sent]
+        states, trains = list(activity.states), [None if each is None else each.dense() for each in sent]
         if truncated:
             states = [each.detach() for each in states]
             trains = [None if each is None else each.detach() for each in trains]

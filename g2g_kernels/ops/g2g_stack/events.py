@@ -20,7 +20,6 @@ from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import library, pointer, run, too_large
 from g2g_kernels.cpu.plans import in_lists, lists_for
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
@@ -41,7 +40,7 @@ from g2g_kernels.ops.g2g_stack.population import (
     total_steps,
     unread,
 )
-from g2g_kernels.ops.g2g_stack.reference import in_turn
+from g2g_kernels.ops.g2g_stack.reference import PRODUCTS, in_turn
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -218,18 +217,18 @@ def g2g_events(call: Call) -> Activity:
     given = EventsCall(x, before, tuple(populations), steps, order, tails, notes, call.truncate or 0)
     counts, rates, last, sent, kept = OPERATOR(given)
     spikes = [
-        EventSpikes(*kept[2 * number : 2 * number + 2], size_of(population), x.new_empty(0))
+        EventSpikes(kept[2 * number], kept[2 * number + 1], size_of(population), x.new_empty(0))
         for number, population in enumerate(call.populations)
     ]
     tails_left, sent_last = iter(sent), list[Spikes | None]()
-    for population, each, of in zip(populations, spikes, reach, strict=False):  # the inputs come last
+    for population, own_spikes, of in zip(populations, spikes, reach, strict=False):  # the inputs come last
         if of and notes:
             tail = next(tails_left)
             train = Train(tail[0], population.sent)
             train.append(tail)
             sent_last.append(DenseSpikes(train.window(train.length - of, train.length)))
         else:
-            sent_last.append(LastEvents(each, of, steps, population.sent) if of else None)
+            sent_last.append(LastEvents(own_spikes, of, steps, population.sent) if of else None)
     return Activity(
         counts,
         tuple(rates),
@@ -261,7 +260,7 @@ class _Arguments:
         self.populations = (structures.ListPopulation * len(call.populations))()
         self.connections = (structures.ListConnection * len(of))()
         for number, population in enumerate(call.populations):
-            sent, grad, neurons = population.sent, to and to.populations[number], population.neurons
+            sent, grad, neurons = population.sent, None if to is None else to.populations[number], population.neurons
             self.populations[number] = structures.ListPopulation(
                 neurons=neuron_arguments(neurons, () if grad is None else grad.neurons.parameters),
                 dropped=pointer(population.dropped),
@@ -273,7 +272,7 @@ class _Arguments:
                 grad_state=grad and pointer(grad.state),
                 grad_sent=grad and pointer(grad.sent),
             )
-        for place, ((target, each), lists, weights, grad) in enumerate(
+        for place, ((target, each), lists, weights, own) in enumerate(
             zip(of, self.lists, self.weights, grads, strict=True)
         ):
             delay = each.delay or Delay(0, 0)
@@ -288,8 +287,8 @@ class _Arguments:
                 target=target,
                 to_membrane=each.onto == "membrane",
                 values=each.values.numel(),
-                grad_values=grad and pointer(grad.values),
-                grad_bias=grad and pointer(grad.bias),
+                grad_values=own and pointer(own.values),
+                grad_bias=own and pointer(own.bias),
             )
         self.network = structures.ListNetwork(
             populations=addressof(self.populations),
@@ -349,15 +348,13 @@ def _forward(call: EventsCall, keep: bool) -> Outputs:
             population.last = to.data_ptr()
         arguments.network.spikes, arguments.network.events = handles[0], handles[-1] if call.notes else None
         run(library().g2g_list_network, arguments.network)
-        kept = [
-            _listed(call, handle, number, valued) for valued, handle in enumerate(handles) for number in range(count)
-        ]
+        kept = [_listed(call, handle, number, handle != handles[0]) for handle in handles for number in range(count)]
     finally:
         for handle in handles:
             library().g2g_spikes_free(handle)
     spikes = [
-        EventSpikes(*each, size_of(population), call.x.new_empty(0))
-        for each, population in zip(kept, call.populations, strict=False)
+        EventSpikes(counts, neurons, size_of(population), call.x.new_empty(0))
+        for (counts, neurons, *_), population in zip(kept, call.populations, strict=False)
     ]
     tails = [each.dense(tail) for each, tail in zip(spikes, call.tails, strict=True) if tail]
     rates = [each.per_neuron()[0] / (call.steps * call.batch) for each in spikes]
@@ -383,7 +380,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     spikes = [given.kept[2 * number : 2 * number + 2] for number in range(count)]
     events = [given.kept[2 * count + 3 * number : 2 * count + 3 * number + 3] for number in range(count)]
     grads, to = given.made(workspace.alike)
-    arguments, outlive, tails = _Arguments(call, to), [], iter(of_results[2 * count :])
+    arguments, tails = _Arguments(call, to), iter(of_results[2 * count :])
+    outlive: list[torch.Tensor | None] = []
     for number, (population, place) in enumerate(zip(call.populations, arguments.populations, strict=True)):
         _check_listed(number, size_of(population), *spikes[number])
         _check_listed(number, size_of(population), *events[number])
@@ -423,7 +421,7 @@ def _plain(call: EventsCall) -> list[torch.Tensor]:
     """Counts, rates, last states and the last spikes by plain operations."""
     held = call.steps if call.x.dim() == 2 else None
     plain = Call(call.x, call.populations, held, call.before, spikes=True)
-    run_plain = partial(in_turn, linear=linear.g2g_linear, neurons=in_steps)
+    run_plain = partial(in_turn, operators=PRODUCTS, neurons=in_steps)
     if call.truncate:
         activity = in_chunks(run_plain, call.truncate, replaced(plain, plain=True), truncated=True)
     else:

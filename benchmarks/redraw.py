@@ -253,7 +253,7 @@ def _readme(*found: Record) -> str:
          f"**{seconds(point['median'])}, {point['peak_bytes'] / 1e9:.1f} GB**",
          f"{largest['dense_bytes'] / 1e9:.0f} GB (calculated): weights, gradients and Adam's state of a dense network",
          "performance.md#how-it-grows"],
-        [f"A step of a fly's brain: {of_brain['settings']['neurons']:,} neurons, "
+        [f"A step of a random network of the size of a fly's brain: {of_brain['settings']['neurons']:,} neurons, "
          f"{whole['weights'] / 1e6:.1f} million synapses",
          f"**{seconds(statistics.median(whole['seconds']))}, {whole['peak'] / 1e9:.1f} GB**",
          f"{seconds(statistics.median(by_hand['seconds']))}, {by_hand['peak'] / 1e9:.1f} GB: PyTorch's CSR products, "

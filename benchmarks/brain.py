@@ -26,7 +26,7 @@ from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
-from . import cli
+from . import cli, second
 from .contender import ATan
 from .harness import Racer, Session, Turn, race
 from .report import by_column, ratio, seconds
@@ -264,6 +264,8 @@ def session(name: str, arguments: argparse.Namespace, threads: int) -> Session:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times all contenders in turn; with ``--growth`` our step with more and more weights."""
+    if arguments.second:
+        return second.measure(arguments)
     if arguments.growth:
         runs = []
         for weights in GROWTH:
@@ -321,6 +323,8 @@ def table(record: dict[str, Any]) -> str:
     """The time and the memory of a step of each contender."""
     if record.get("benchmark") == "brain_growth":
         return growth_table(record)
+    if record.get("benchmark") == "brain_second":
+        return second.table(record)
     rows, base = [], [run["seconds"] for run in record["runs"] if run["name"] == "g2g-cpu" and run["seconds"]]
     for run in record["runs"]:
         cells = [f"fails: {run.get('reason')}", *[""] * 4]
@@ -338,6 +342,8 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--edges", metavar="FILE", help="a CSV file of connections in place of drawn ones")
     text = "our step alone, with 10⁵ to 10⁸ weights, a thousandth of all pairs of neurons"
     parser.add_argument("--growth", action="store_true", help=text)
+    text = "100·T steps of 0.1 ms of the fly-brain model, forward, in 30 trials, and with gradients, beside Brian2"
+    parser.add_argument("--second", action="store_true", help=text)
     parser.add_argument(
         "--contenders",
         type=lambda text: text.split(","),

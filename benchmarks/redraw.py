@@ -340,7 +340,7 @@ def _chunks(record: Record) -> str:
 
 #: benchmarks whose tables need no words
 OTHERS = {each.PROGRAM.name: each.PROGRAM for each in (brain, delays, host_time, cpu_choices)}
-OTHERS |= {"brain_growth": brain.PROGRAM}
+OTHERS |= {"brain_growth": brain.PROGRAM, "brain_second": brain.PROGRAM}
 #: the whole table of a record, by its benchmark
 WHOLE: dict[str, Callable[[Record], str]] = {
     "throughput": _throughput,
@@ -359,7 +359,7 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "parts of a step": (_in_one_table, "forward", "linear", "linear-dense", "lif", "dst"),
     "growth": (_growths, *(f"scaling-{each}" for each in ("T", "B", "H", "groups", "block_size"))),
     **{name: (_scaling, name) for name in ("scaling-p_inter", "scaling-wide")},
-    **{name: (_other, name) for name in ("brain", "brain_growth", "delays")},
+    **{name: (_other, name) for name in ("brain", "brain_growth", "brain_second", "delays")},
     "chunks": (_chunks, "chunks"),
     "recipe_study": (_study, "recipe-study-wide"),
     "recipe_study, command": (functools.partial(_command, name=BEST), "recipe-study-wide"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from processes import fork_contenders
 
-from benchmarks import brain, chunks, cpu_choices, delays, first_run, host_time, records, redraw
+from benchmarks import brain, chunks, cpu_choices, delays, first_run, host_time, records, redraw, second
 from benchmarks.first_run import Stage, stages
 from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 from benchmarks.registry import choose
@@ -156,6 +156,20 @@ def test_a_contender_is_that_of_float64(monkeypatch, name):
     right = brain.CONTENDERS[name]
     monkeypatch.setitem(brain.CONTENDERS, name, wrong)
     assert brain.farthest(name) > brain.CLOSE
+
+
+@needs_kernels
+@pytest.mark.ci
+def test_a_second_of_a_brain_has_equal_spikes_with_and_without_gradients(recorded, monkeypatch):
+    monkeypatch.setattr(library, "LIST_COST", 0.0)
+    monkeypatch.setattr(second, "TRIALS", 3)
+    record = recorded(brain, "--second --neurons 400 --weights 8000 --T 3 --repeats 1")
+    runs = {run["name"]: run for run in record["runs"]}
+    assert list(runs) == ["forward", "trials", "gradients", "brian2"]
+    spikes = {name: run["spikes"] for name, run in runs.items() if run["seconds"]}
+    assert 0 < spikes["forward"] < spikes["trials"]
+    assert {spikes[name] for name in spikes.keys() - {"trials"}} == {spikes["forward"]}
+    assert second.CONTENDERS["gradients"][2] in brain.table(record)
 
 
 def test_edges_of_a_file_are_the_graph(tmp_path):

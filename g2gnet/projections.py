@@ -251,7 +251,6 @@ class PopulationGraph(WholeBuffers):
         self.populations = in_order([*populations], named.values(), output)
         self.depth = len(self.populations)
         place = {name: number for number, name in enumerate(self.populations)} | {"input": -1}
-        self._sizes: tuple[int, ...] | None = None  # once they are known
         self._input_shape = None if input_shape is None else checked_shape(input_shape)
         ends = {name: Ends(each.source, each.target) for name, each in named.items()}
         self._shapes = shapes_of(ends, parts, self._input_shape)
@@ -329,10 +328,8 @@ class PopulationGraph(WholeBuffers):
     @property
     def sizes(self) -> tuple[int, ...]:
         """The number of neurons of each population, and at the end of inputs."""
-        if self._sizes is None:
-            shapes = self.shapes
-            self._sizes = tuple([math.prod(shapes[name]) for name in (*self.populations, "input")])
-        return self._sizes
+        shapes = self.shapes
+        return tuple([math.prod(shapes[name]) for name in (*self.populations, "input")])
 
     def _flat(self, inputs: torch.Tensor) -> torch.Tensor:
         """Inputs as neurons; images [..., C, H, W] are flattened. The first of them decide the sizes."""

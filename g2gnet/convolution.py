@@ -214,6 +214,11 @@ class MaskedConv2d(SparseLayer, G2GConv2d):
         return "G2GConv2d"
 
 
+def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """The padding of both sides together for which an output is as large as its image, of rows and of columns."""
+    return [each * (size - 1) for each, size in zip(dilation, kernel, strict=True)]
+
+
 def _checked(
     in_channels: int,
     out_channels: int,
@@ -233,7 +238,7 @@ def _checked(
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"padding={padding!r} is unknown; give 'same', 'valid' or numbers")
-        twice = [each * (size - 1) if padding == "same" else 0 for each, size in zip(dilation, kernel, strict=True)]
+        twice = same_padding(kernel, dilation) if padding == "same" else [0, 0]
         if padding == "same" and (stride != (1, 1) or any(each % 2 for each in twice)):
             raise ValueError(
                 f"padding='same' of a kernel {kernel} with stride {stride} differs between both sides; pad before it, "

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from g2g_kernels.choices import check_choice
-from g2gnet.convolution import G2GConv2d
+from g2gnet.convolution import G2GConv2d, same_padding
 from g2gnet.layers import G2GLinear, SparseLayer
 from g2gnet.network_settings import NetworkSettings
 from g2gnet.weights.densities import layer_probabilities
@@ -127,7 +127,7 @@ def _reason_to_stay(name: str, layer: nn.Module, holders: dict[nn.Parameter, lis
     if (
         isinstance(layer, nn.Conv2d)
         and layer.padding == "same"
-        and any(each * (size - 1) % 2 for each, size in zip(layer.dilation, layer.kernel_size, strict=True))
+        and any(both % 2 for both in same_padding(layer.kernel_size, layer.dilation))
     ):
         return "with padding='same' that differs between both sides"
     own = (*layer._parameters, *layer._buffers, *layer._modules)

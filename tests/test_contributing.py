@@ -152,7 +152,7 @@ def load(name, data_dir):
             r"(\n    onto: str \| None = None\n)", r"\1    toy_gain: torch.Tensor | None = None\n"
         ),
         "g2g_kernels/ops/g2g_stack/reference.py": replace(
-            r"(\n    y = operators\[.linear.\]\(.*\n)",
+            r'(\n    y = operators\["linear"\]\(.*\n)',
             r"\1    y = y if connection.toy_gain is None else y * connection.toy_gain\n",
         ),
     },

@@ -118,9 +118,11 @@ def refuses(call: Call) -> str | None:
         lists = lists or any([in_lists(each.mask.grid, each.values.shape, use) for use in ("stack", "recurrent")])
     if not lists:
         return "no weights lie in lists"
-    if call.repeated or (torch.is_grad_enabled() and any([each.requires_grad for each in opened(call)[0]])):
-        return _refuses_gradients(call.populations)
-    return None
+    return _refuses_gradients(call.populations) if _wants_gradients(call) else None
+
+
+def _wants_gradients(call: Call) -> bool:
+    return call.repeated or (torch.is_grad_enabled() and any([each.requires_grad for each in opened(call)[0]]))
 
 
 def _refuses_gradients(populations: Sequence[Population]) -> str | None:
@@ -212,7 +214,7 @@ def g2g_events(call: Call) -> Activity:
         populations.append(contiguous(population, connections, sent, call.x.dtype))
     order = tuple([number for component in components(call.populations) for number in component.members])
     before, x = None if call.before is None else call.before.contiguous(), call.x.contiguous()
-    notes = call.repeated or (torch.is_grad_enabled() and any([each.requires_grad for each in opened(call)[0]]))
+    notes = _wants_gradients(call)
     tails = tuple([min(each, steps) if notes else 0 for each in reach[:-1]])
     given = EventsCall(x, before, tuple(populations), steps, order, tails, notes, call.truncate or 0)
     counts, rates, last, sent, kept = OPERATOR(given)

@@ -89,14 +89,14 @@ def _toy_charge_backward(grads, sums, states, fired, parameters, RESET: tl.const
 """),
         "g2g_kernels/csrc/neurons.h": replace(r"(// A surrogate is )", r"""struct Toy {
     static constexpr ModelInfo info = {"toy", 1, 2, {"potential"}, {"leak", "threshold"}, {true}};
-    template <int R>
-    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2]) {
-        Lif::charge<R>(state, current + current, p);
+    template <class R>
+    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2], R reset) {
+        Lif::charge(state, current + current, p, reset);
     }
-    template <int R, class Slope>
+    template <class R, class Slope>
     static G2G_INLINE Vec charge_backward(Vec through, const Slope& slope, const Vec (&before)[1],
-                                          const Vec (&p)[2], Vec (&g)[1], Vec (&grad)[2]) {
-        return all(2.0f) * Lif::charge_backward<R>(through, slope, before, p, g, grad);
+                                          const Vec (&p)[2], Vec (&g)[1], Vec (&grad)[2], R reset) {
+        return all(2.0f) * Lif::charge_backward(through, slope, before, p, g, grad, reset);
     }
 };
 \1""", r"(using Models = Types<.*)>;", r"\1, Toy>;"),

@@ -170,7 +170,7 @@ _STEPS = Number(0, 1 << 20)
 
 def _steps(refractory: Any, size: int | None, dt: float | None) -> torch.Tensor:
     """The steps of a refractory period, [1] or [N]. Raises ValueError for one that is no whole number from 0 to 2²⁰."""
-    steps = torch.as_tensor(refractory, dtype=torch.float64).detach()
+    steps = torch.as_tensor(refractory, dtype=torch.float64, device="cpu").detach()
     if steps.dim() and steps.shape != (size,):
         wanted = "one number, or give the number of neurons first" if size is None else f"[{size}]"
         raise ValueError(f"refractory is a tensor {list(steps.shape)}; give {wanted}")

@@ -92,12 +92,14 @@ class UnitGrid(Indices):
         self.unit_row, self.unit_col = unit_row.to(torch.int32), unit_col.to(torch.int32)
         self.row_ptr, self.col_ptr = (unit_row.new_zeros(n + 1, dtype=torch.int32) for n in self.grid)
         self.row_slot, self.col_slot = (torch.zeros_like(self.unit_row) for _ in range(2))
-        self._build_index()
-
-    def _build_index(self) -> None:
-        """Sorts the slots by (row, column) and by (column, row), into the existing buffers."""
         key = self.flat_unit()
-        if (key[1:] > key[:-1]).all():  # a new mask's, mostly
+        self._build_index(in_order=bool((key[1:] > key[:-1]).all()))  # as those of most new masks
+
+    def _build_index(self, in_order: bool = False) -> None:
+        """Sorts the slots by (row, column), unless they are ``in_order``, and by (column, row), into the existing
+        buffers."""
+        key = self.flat_unit()
+        if in_order:
             by_row = torch.arange(len(key), device=key.device)
         else:
             by_row = torch.argsort(key.int() if self.grid[0] * self.grid[1] <= INT32[1] else key, stable=True)

@@ -60,7 +60,9 @@ def decode(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
 
 def _checksums(numbers: torch.Tensor) -> torch.Tensor:
     """int64 [2], checksums below 2¹² of whole numbers; those of an average are not the average of two."""
-    of_places = (torch.arange(1, 10008, device=numbers.device) * 7919 % 10007 + 1).repeat(32)
+    of_places = (torch.arange(1, 10008, device=numbers.device) * 7919 % 10007 + 1).repeat(
+        min(32, len(numbers) // 10007 + 1)
+    )
     total = numbers.new_zeros(())
     for part in numbers.split(len(of_places)):  # which stay in cache
         total += (part + 1).mul_(of_places[: len(part)]).remainder_(65521).square_().sum()

@@ -51,7 +51,7 @@ HOOKS, IN_LISTS = "lif1 carries hooks", "the weights to population 0 lie in list
 CARRIED = "the delayed spikes to population 1 that come from a state have no gradient"
 KERNELS, TURN = ("cpu chain", "cpu graph", "cpu events", "cpu lists"), "operators in turn"
 NO_LISTS = "no weights lie in lists"
-GRADIENTS = {"cpu events": "computes no gradients; call under torch.no_grad() where none is needed"}
+GRADIENTS = {"cpu events": "computes no gradients of the model 'lif' (population 0); call under torch.no_grad()"}
 LATE = "the populations are no chain: population 0 also receives population {}, up to {} steps later"
 #: (network, or network and arguments), the way that runs, and why none before it but Triton's
 CASES = {

@@ -92,7 +92,7 @@ def checked_sparse(call: Call) -> torch.Tensor:
     for kernels."""
     x = call.x
     if x.dim() != 3 or x.dense_dim() or call.steps is not None or not len(x):
-        raise ValueError(f"sparse inputs have shape {list(x.shape)}; give [T, B, in], each entry with three indices")
+        raise ValueError(f"x is sparse and has shape {list(x.shape)}; give [T, B, in], each entry with three indices")
     if x.requires_grad:
         raise ValueError("sparse inputs have no gradient; give inputs.to_dense(), or inputs.detach()")
     if call.modules is not None:

@@ -401,7 +401,7 @@ inline void prepare_visits(SharedPopulation& shared, int64_t steps) {
 
 // Nanoseconds of a neuron in a pass, of a weight that is added there, of a hot neuron, and of a weight that visits one
 // (PERFORMANCE.md).
-constexpr double kPassed = 0.14, kAdded = 3.5, kHot = 15.0, kVisited = 5.5;
+constexpr double kPassed = 0.14, kAdded = 2.2, kHot = 15.0, kVisited = 8.0;
 // Steps that are counted before a change, and steps without one after visits that cost more.
 constexpr int32_t kCounted = 64, kStays = 2048;
 

@@ -7,7 +7,7 @@ import torch
 from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
-from g2g_kernels.ops.g2g_stack.delays import check_delay
+from g2g_kernels.ops.g2g_stack.delays import check_delay, seen_ahead
 from g2g_kernels.ops.g2g_stack.images import check_images, ends_of
 from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, components, reaches, size_of
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
@@ -113,7 +113,7 @@ def check_chunk(chunk: int, call: Call, name: str = "chunk") -> None:
         raise ValueError(f"{name}={chunk} does not keep the membranes that a population is to give; leave it out")
     delays = [each.delay for population in call.populations for each in population.connections]
     for delay in delays:
-        if delay is not None and delay.least < delay.ahead:
+        if delay is not None and delay.least < seen_ahead(delay):
             raise ValueError(
                 f"{name}={chunk} does not know the spikes after a chunk, which the gradient of width {delay.width} of "
                 f"a learned delay of {delay.least} reads; leave it out, fix the delays, or give a width up to the "

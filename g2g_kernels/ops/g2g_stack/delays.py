@@ -36,15 +36,16 @@ class Delay(NamedTuple):
     learned: torch.Tensor | None = None
     width: int = 1
 
-    @property
-    def ahead(self) -> int:
-        """By how many steps more than the delay a gradient sees, on either side."""
-        return 0 if self.learned is None else self.width
-
     def of_each(self, size: int, device: torch.device) -> "Delay":
         """The same with steps of each of ``size`` neurons."""
         steps = torch.full((size,), self.least, device=device) if self.steps is None else self.steps.contiguous()
         return replaced(self, steps=steps)
+
+
+def seen_ahead(delay: Delay) -> int:
+    """By how many steps more than the delay a gradient sees, on either side. No property of the class: PyTorch 2.8
+    does not compile one of a named tuple."""
+    return 0 if delay.learned is None else delay.width
 
 
 TYPES["Delay"] = Delay
@@ -133,7 +134,7 @@ def arrived(train: Train, delay: Delay | None, first: int, last: int) -> torch.T
     if delay is None:
         return train.window(first, last)
     # a learned delay has a gradient by the spikes of later steps, too
-    if last - delay.least + delay.ahead <= train.begin:
+    if last - delay.least + seen_ahead(delay) <= train.begin:
         return None
     if delay.steps is None:
         return train.window(first - delay.least, last - delay.least)
@@ -218,7 +219,7 @@ def reaches_of(connections: Iterable[tuple[int, Delay | None]], models: Sequence
     reaches = [0] * (len(models) + 1)
     for source, delay in connections:
         if delay is not None:
-            reaches[source] = max(reaches[source], delay.most + delay.ahead)
+            reaches[source] = max(reaches[source], delay.most + seen_ahead(delay))
     for number, model in enumerate(models):
         if reaches[number] == 1 and (model not in MODELS or MODELS[model].compared is None):
             reaches[number] = 0

@@ -15,8 +15,8 @@
 // inlined into loops that hold these arrays in registers. Padding lanes have θ = ∞: they never spike and every surrogate
 // is 0 there.
 //
-// A model is compiled once for each reset and surrogate, those of `infrequent` models with AnySurrogate and out of line: slower, but
-// compiled in a fraction of the time.
+// A model is compiled once for each reset and surrogate; an `infrequent` one for all resets at once, and it and `infrequent`
+// surrogates with AnySurrogate, out of line: slower, but compiled in a fraction of the time.
 #pragma once
 
 #include <cmath>
@@ -26,6 +26,12 @@
 #include "vec.h"
 
 namespace g2g::G2G_ISA {
+
+// Whether a model or a surrogate is.
+template <class T, class = void>
+constexpr bool infrequent = false;
+template <class T>
+constexpr bool infrequent<T, std::enable_if_t<T::infrequent>> = true;
 
 // U_t = β·U_{t−1} + I_t − θ·R_t,  R_t = 1[U_{t−1} > θ]; reset "zero" discharges U_{t−1} before the step.
 //
@@ -155,6 +161,7 @@ struct AdLif {
 //   to v: h_t = through_t + ∂U_t, ∂U_t as the reset leaves it;  ∂I_t = ∂g_t without a spike;  to U_{t−1}: β·h_t;  to g_{t−1}: c·h_t + γ·∂g_t
 //   ∂γ += ∂g_t·g_{t−1};  ∂β += h_t·U_{t−1};  ∂c += h_t·g_{t−1};  ∂θ −= through_t + S_t·∂U_t ("subtract"); all of them where ready
 struct CubaLif {
+    static constexpr bool infrequent = true;
     static constexpr ModelInfo info = {"cubalif",
                                        3,
                                        6,
@@ -203,11 +210,6 @@ struct CubaLif {
         return to_input;
     }
 };
-
-template <class M, class = void>
-constexpr bool infrequent = false;
-template <class M>
-constexpr bool infrequent<M, std::enable_if_t<M::infrequent>> = true;
 
 constexpr ModelInfo refractory_info(const char* name, const ModelInfo& of) {
     ModelInfo info = {name, of.states + 1, of.parameters + 1, {"refractory_steps"}, {}, {}, true};
@@ -326,6 +328,7 @@ struct FastSigmoid {
 };
 
 struct Sigmoid {
+    static constexpr bool infrequent = true;
     static constexpr const char* name = "sigmoid";
     static G2G_INLINE Vec derivative(Vec x, float alpha) {
         const Vec e = exp_negative(-(all(alpha) * absolute(x)));
@@ -342,6 +345,7 @@ struct Triangle {
 };
 
 struct Boxcar {
+    static constexpr bool infrequent = true;
     static constexpr const char* name = "boxcar";
     static G2G_INLINE Vec derivative(Vec x, float alpha) {
         const Vec z = all(alpha) * absolute(x);
@@ -424,7 +428,10 @@ auto with_gradient(const Neurons& neurons, const F& call) {
         if constexpr (infrequent<decltype(model)>)
             return call(model, reset, AnySurrogate{});
         else
-            return with_surrogate(neurons, [&](auto surrogate) { return call(model, reset, surrogate); });
+            return with_surrogate(neurons, [&](auto surrogate) {
+                using Own = std::conditional_t<infrequent<decltype(surrogate)>, AnySurrogate, decltype(surrogate)>;
+                return call(model, reset, Own{});
+            });
     });
 }
 

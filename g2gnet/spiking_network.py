@@ -267,6 +267,7 @@ class SpikingNetwork(PopulationGraph):
                 gradient. All neurons then take one step after the other, which is slower, and currents, spikes and
                 membranes of all are in memory. Or by the name of a population the neurons, by number or bool [N], whose
                 membranes it has, [T, B, n]; it has None for the other populations, which need no steps of their own.
+                Networks in lists give them by events, at hardly a cost, under ``torch.no_grad()``.
             batch_first: whether inputs over time are [B, T, D]. None: they are [T, B, D]; where all samples have T
                 steps (``sequence`` of a :class:`G2GNet`), inputs whose second dimension alone is T are refused.
             silenced: in any mode, by the name of a population the neurons that stay silent in this run, by number or
@@ -282,9 +283,8 @@ class SpikingNetwork(PopulationGraph):
 
         Raises:
             ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this
-                network and these samples; for neurons that it does not have; for a chunk or ``truncate`` with spikes,
-                membranes or a readout of all steps; for a state, one of these two, membranes or a readout of a network
-                that calls its modules.
+                network and these samples; for neurons that it does not have; for a chunk or ``truncate`` with
+                spikes; for a state, one of these two, membranes or a readout of a network that calls its modules.
         """
         call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first, silenced, truncate)
         if call.modules is None:
@@ -348,12 +348,6 @@ class SpikingNetwork(PopulationGraph):
         self.settle()
         of_populations = self._dropped(inputs, state, dropped) if self.training and self._dropout else None
         parts = {f"chunk={chunk}": chunk is not None, f"truncate={truncate}": truncate is not None}
-        if any(parts.values()) and self._readout in ("mean", "max"):
-            part = next(what for what, is_asked in parts.items() if is_asked)
-            raise ValueError(
-                f"{part} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
-                "leave it out, or make the network with readout='last'"
-            )
         scale = 1.0 if of_populations is None else self._scale
         why = self.why_called()
         if why is not None:

@@ -115,6 +115,8 @@ struct Stepper {
     virtual void fire(int32_t, std::vector<int32_t>&) {}
     // Takes what arrives in step t; appends the neurons that fire in it, ascending, if they did not before.
     virtual void receive(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) = 0;
+    // The membrane of a neuron after step t; nothing changes by it.
+    virtual Real membrane(int32_t, int32_t) const { return 0; }
     // The states after the last step, t, each `stride` after the one before it.
     virtual void end(int32_t t, Real* states, int64_t stride) = 0;
 };
@@ -186,6 +188,7 @@ struct AllNeurons : Stepper {
             }
         }
     }
+    Real membrane(int32_t n, int32_t) const override { return states[(S - 1) * shared.padded + n]; }
     void end(int32_t, Real* after, int64_t stride) override {
         for (int s = 0; s < S; ++s) std::copy_n(states.begin() + s * shared.padded, shared.size, after + s * stride);
     }
@@ -323,8 +326,8 @@ struct Visits {
         put(s, std::max(state.ready - 1, t), state);
         heat(s, n);
     }
-    CubaLifState get(int32_t n, int32_t t) {
-        State& s = states[n];
+    CubaLifState get(int32_t n, int32_t t) const {
+        State s = states[n];
         if (s.at < t) catch_up(s, t);
         return {s.u, s.g, static_cast<int32_t>(s.ready)};
     }
@@ -448,15 +451,17 @@ struct CubaLifs : Stepper {
         }
     }
 
+    Real membrane(int32_t n, int32_t t) const override { return state(n, t).u; }
     void end(int32_t t, Real* states, int64_t stride) override {
         for (int32_t n = 0; n < shared.size; ++n) {
-            const CubaLifState after = visits ? visits->get(n, t) : passes->get(n, t);
+            const CubaLifState after = state(n, t);
             states[n] = static_cast<Real>(std::max(after.ready - (t + 1), 0));
             states[stride + n] = after.g, states[2 * stride + n] = after.u;
         }
     }
 
 private:
+    CubaLifState state(int32_t n, int32_t t) const { return visits ? visits->get(n, t) : passes->get(n, t); }
     // Makes passes, or visits, of the states after step t.
     template <class Engine, class State>
     void fill(std::unique_ptr<Engine>& engine, int32_t t, const State& state) {
@@ -620,6 +625,7 @@ public:
                     if (a.connections[c].target == p && !call.constant(a.connections[c])) gather(a.connections[c], t);
                 steppers[p]->receive(t, arrivals, of(p, t).neurons);
                 if (!call.populations[p].model.at_once) send(p, t);
+                show(p, t);
             }
         }
         for (int32_t p = 0; p < a.population_count; ++p) {
@@ -630,6 +636,19 @@ public:
     }
 
 private:
+    bool silent(int32_t p, int32_t n) const {
+        const ListPopulation& given = a.populations[p];
+        return given.dropped && given.dropped[sample * given.size + n];
+    }
+    // Writes the membranes of a population that are wanted, after step t.
+    void show(int32_t p, int64_t t) {
+        const ListPopulation& given = a.populations[p];
+        for (int32_t i = 0; i < given.shown_count; ++i) {
+            const int32_t n = given.shown[i];
+            const int64_t place = (t * a.samples + sample) * given.shown_count + i;
+            static_cast<Real*>(given.membranes)[place] = silent(p, n) ? Real(0) : steppers[p]->membrane(n, static_cast<int32_t>(t));
+        }
+    }
     // Notes the spikes and the gradient events of a population in step t, but for those of neurons that are silent.
     void send(int32_t p, int32_t t) {
         std::vector<int32_t>& now = of(p, t).neurons;

@@ -192,6 +192,9 @@ struct ListPopulation {
     const void* sent;       // [sent_steps][B][N], what it sent before the first step; null: nothing
     void* last;             // out: [states][B][N] after the last step
     int32_t size, sent_steps;
+    const int32_t* shown;   // [shown_count], neurons
+    void* membranes;        // out: [T][B][shown_count], theirs after each step
+    int32_t shown_count;
     // Gradient events are the steps in which a neuron's surrogate derivative is not 0: |U − θ| < slack; 0: none are noted. The backward
     // pass is given them, and spikes: how many in each sample and step, [B][T], and these in order.
     float slack;

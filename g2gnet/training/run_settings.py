@@ -247,9 +247,6 @@ class TrainSettings(NetworkSettings, RunSettings):
         if self.optimizer == "adamw" and self.lr * self.weight_decay >= 1:
             decays = f"lr={self.lr} times weight_decay={self.weight_decay}"
             yield f"{decays}, the share of a weight that a step of adamw takes, must be below 1; lower one of them"
-        if self.chunk is not None and self.readout in ("mean", "max"):
-            read = f"the membranes of all steps that readout={self.readout} is taken from"
-            yield f"chunk={self.chunk} does not keep {read}; leave it out, or give `readout=last`"
         if self.chunk is not None and self.learn_delay:
             read = "the spikes after a chunk, which gradients of learned delays of 0 read"
             yield f"chunk={self.chunk} does not know {read}; leave `chunk` or `learn_delay` out"

@@ -273,7 +273,8 @@ def assert_same_run(found, expected, close):
         assert torch.equal(mine.dense().double(), theirs.dense().double())
         assert torch.equal(mine.events(), theirs.events())
         assert len(mine.events())
-    numbers = [(activity.counts, *activity.rates, *activity.states) for activity in (found, expected)]
+    shown = [activity.membranes or () for activity in (found, expected)]
+    numbers = [(run.counts, *run.rates, *run.states, *shown[place]) for place, run in enumerate((found, expected))]
     for mine, theirs in zip(*numbers, strict=True):
         assert (mine.double() - theirs).abs().max() <= close * (1 + theirs.abs().max())
     for mine, theirs in zip(found.sent, expected.sent, strict=True):
@@ -281,18 +282,23 @@ def assert_same_run(found, expected, close):
         assert mine is None or torch.equal(mine.dense().double(), theirs.dense().double())
 
 
-@every_pair(**NETWORKS)
+@every_pair(**NETWORKS, membranes=(False, True, (3, 0, 3)))
 def test_networks_by_events_are_those_of_float64(
-    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias
-):
+    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias,
+    membranes,
+):  # fmt: skip
     monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
     of = model, reset, delay, onto, batch, inputs, dtype, state, dropped, per_neuron, bias
-    x, populations, steps, before = network(*of)
+    x, unobserved, steps, before = network(*of)
+    populations = tuple([each._replace(membranes=membranes) for each in unobserved])
     assert explain(x, populations, steps, "cpu", before=before).way.name == "cpu events"
     with pytorch_threads(threads):
         found = g2g_stack(x, populations, steps, "cpu", before=before)
     assert found.spikes[0].dense().dtype == found.counts.dtype == found.states[0].dtype == dtype
     assert_same_run(found, in_float64(x, populations, steps, before), CLOSE if dtype == torch.float32 else 1e-12)
+    assert (found.membranes is None) == (membranes is False)
+    for mine, theirs in zip(found.states, g2g_stack(x, unobserved, steps, "cpu", before=before).states, strict=True):
+        assert torch.equal(mine, theirs)  # watching changes no bit
 
 
 def with_gradients(x, populations, steps, before, backend, **options):
@@ -456,10 +462,12 @@ def test_calls_that_events_do_not_serve_are_refused_by_name(monkeypatch):
     assert reason.startswith(
         "computes no gradients of the surrogate 'atan', which is not 0 far from the threshold (pop"
     )
+    x, watched, *_ = network("cubalif", "zero", "one", None, 1, "spikes", torch.float32)
+    watched[0].connections[0].values.requires_grad_()
+    watched = populations[0], watched[1]._replace(membranes=(3,))
+    assert explain(x, watched).reasons["cpu events"].startswith("gives membranes no gradient; call under torch.no_grad")
     with torch.no_grad():
-        assert explain(x, populations).way.name == "cpu events"
-        shown = populations[0]._replace(membranes=True), populations[1]
-        assert explain(x, shown).reasons["cpu events"] == "does not read 'membranes' of a population"
+        assert explain(x, populations).way.name == explain(x, watched).way.name == "cpu events"
         monkeypatch.setenv("G2G_CPU_NEURONS", "some")
         with pytest.raises(ValueError, match="G2G_CPU_NEURONS='some' is unknown; choose one of reached, all"):
             g2g_stack(x, populations)

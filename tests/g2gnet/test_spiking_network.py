@@ -850,11 +850,13 @@ def test_edges_that_are_none_are_refused(columns, why):
 def test_sparse_inputs_give_what_dense_ones_give(monkeypatch, backend, dense):
     monkeypatch.setattr(ways, "DENSE", dense)
     net, x = network("self-loops", backend), (torch.rand(T, B, D, generator=seeded(3)) < 0.3).float()
-    whole = net.simulate(x)
+    shown = {"a": [0, 2]}
+    whole = net.simulate(x, membranes=shown)
     (wanted,) = torch.autograd.grad(whole.output.sum(), net.input_to_a.values)
     for given, options in ((x.to_sparse(), {}), (x.transpose(0, 1).to_sparse(), {"batch_first": True})):
-        activity = net.simulate(given, **options)
+        activity = net.simulate(given, membranes=shown, **options)
         assert torch.equal(activity.output, whole.output)
+        torch.testing.assert_close(activity.membranes["a"], whole.membranes["a"])
         for name in net.populations:
             assert torch.equal(activity.spikes[name].events(), whole.spikes[name].events())
         (found,) = torch.autograd.grad(activity.output.sum(), net.input_to_a.values)
@@ -871,7 +873,7 @@ def test_sparse_inputs_that_cannot_be_run_are_refused_by_name(monkeypatch):
         (x.to_dense()[0].to_sparse(), {}, r"x is sparse and has shape \[3, 10\]; give \[T, B, in\]"),
         (x.to_dense().to_sparse(2), {}, "each entry with three indices"),
         (x.clone().requires_grad_(), {}, "sparse inputs have no gradient; give inputs.to_dense()"),
-        (x, {"membranes": True}, r"sparse inputs \[11, 3, 10\] are run 1 steps at a time, which keeps no membranes"),
+        (x, {"spikes": True}, r"sparse inputs \[11, 3, 10\] are run 1 steps at a time, which keeps no gradient of spikes"),
     ):
         monkeypatch.setattr(ways, "DENSE", 1)
         with pytest.raises(ValueError, match=why):

@@ -109,8 +109,6 @@ def check_chunk(chunk: int, call: Call, name: str = "chunk") -> None:
         )
     if any(each.images is not None and each.images.norm for of in call.populations for each in of.connections):
         raise ValueError(f"{name}={chunk} has no statistics of all steps, which a norm that trains takes; leave it out")
-    if any(population.membranes for population in call.populations):
-        raise ValueError(f"{name}={chunk} does not keep the membranes that a population is to give; leave it out")
     delays = [each.delay for population in call.populations for each in population.connections]
     for delay in delays:
         if delay is not None and delay.least < seen_ahead(delay):

@@ -1,5 +1,5 @@
-"""A run in chunks of time steps. Only spikes and the states after each chunk stay in memory: the backward pass runs one
-chunk at a time again, with gradients, from the states at its border, and finds the same spikes to the last bit.
+"""A run in chunks of time steps. Only spikes, the states after each chunk and membranes that are wanted stay in memory:
+the backward pass runs one chunk at a time again, with gradients, from the states at its border, and finds the same spikes to the last bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,8 +85,17 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
         ),
         spikes=tuple([ChunkedSpikes(of_population, chunk) for of_population in spikes]),
         states=activities[-1].states,
+        membranes=_joined([activity.membranes for activity in activities]),
         sent=activities[-1].sent,
     )
+
+
+def _joined(parts: Sequence[tuple[torch.Tensor | None, ...] | None]) -> tuple[torch.Tensor | None, ...] | None:
+    """The membranes of all steps of each population, from those of chunks."""
+    if parts[0] is None:
+        return None
+    of_populations = zip(*[part or () for part in parts])  # noqa: B905
+    return tuple([None if each[0] is None else torch.cat(each) for each in of_populations])
 
 
 def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
@@ -102,7 +111,8 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
         activity = run(replaced(call, x=x, before=before, populations=populations, repeated=True))
         sent = [each and each.dense() for each in activity.sent]
         spikes[:] = activity.spikes
-        results, of_results[:] = opened((activity.counts, activity.rates, activity.states, sent))
+        kept = activity.counts, activity.rates, activity.states, sent, activity.membranes
+        results, of_results[:] = opened(kept)
         return results
 
     indices = [
@@ -112,8 +122,8 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
         if connection.mask is not None
         for index in connection.mask.tensors()
     ]
-    counts, rates, states, sent = built(of_results, Recomputed.apply(again, again, indices, *tensors))
+    counts, rates, states, sent, membranes = built(of_results, Recomputed.apply(again, again, indices, *tensors))
     made = tuple(spikes)
     spikes.clear()  # which the graph would keep alive
     of_delays = tuple([None if each is None else DenseSpikes(each) for each in sent])
-    return Activity(counts, rates, made, states=states, sent=of_delays)
+    return Activity(counts, rates, made, states=states, membranes=membranes, sent=of_delays)

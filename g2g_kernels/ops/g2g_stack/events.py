@@ -48,7 +48,8 @@ from g2g_kernels.ops.record import ANY_LENGTH, TYPES, Backward, Differentiable, 
 from g2g_kernels.tracing import is_traced, replaced
 
 #: fields that the kernels do not read
-UNREAD = unread([name for name in (*Population._fields, *Connection._fields) if name not in ("membranes", "images")])
+UNREAD = unread([name for name in (*Population._fields, *Connection._fields) if name != "images"])
+NO_GRADIENT = "gives membranes no gradient; call under torch.no_grad() if none is needed"
 #: what ``G2G_CPU_NEURONS`` makes of ``VISIT_COST``
 FORCED = {"reached": 0.0, "all": float("inf")}
 
@@ -59,7 +60,7 @@ class EventsCall(NamedTuple):
     Attributes:
         x: [T, B, in], or [B, in] held for all steps.
         before: [D, B, in], the inputs of the D steps before the first; None: nothing.
-        populations: the output last.
+        populations: the output last; their ``membranes`` are the numbers of neurons, or ().
         steps: T.
         order: the populations in the order in which they receive in a step.
         tails: of each population, the number of last steps whose spikes are wanted with a gradient.
@@ -88,6 +89,11 @@ class EventsCall(NamedTuple):
             raise ValueError(f"order={self.order} must name each population once, and steps={self.steps} be above 0")
         if len(self.tails) != len(self.populations) or not all([0 <= tail <= self.steps for tail in self.tails]):
             raise ValueError(f"tails={self.tails} must have a number of steps up to {self.steps} of each population")
+        if self.notes and any([population.membranes for population in self.populations]):
+            raise ValueError(NO_GRADIENT)
+        for number, population in enumerate(self.populations):
+            if not all([0 <= each < size_of(population) for each in population.membranes]):
+                raise ValueError(f"membranes of population {number} must be neurons below {size_of(population)}")
         if self.notes and (reason := _refuses_gradients(self.populations)):
             raise ValueError(reason)
         dtype, shape = self.x.dtype, (self.batch, self.x.shape[-1])
@@ -109,8 +115,11 @@ def refuses(call: Call) -> str | None:
         return "does not run where calls are recorded (torch.compile, torch.export)"
     if call.x.numel() == 0:
         return "needs a batch that is not empty"
+    with_gradient = _wants_gradients(call)
     if call.spikes and torch.is_grad_enabled():
         return "gives spikes over time no gradient"
+    if with_gradient and any([population.membranes for population in call.populations]):
+        return NO_GRADIENT
     lists = False
     for each in [each for population in call.populations for each in population.connections]:
         if reason := too_large(**{"weights in a layer": each.values.numel()}):
@@ -118,7 +127,7 @@ def refuses(call: Call) -> str | None:
         lists = lists or any([in_lists(each.mask.grid, each.values.shape, use) for use in ("stack", "recurrent")])
     if not lists:
         return "no weights lie in lists"
-    return _refuses_gradients(call.populations) if _wants_gradients(call) else None
+    return _refuses_gradients(call.populations) if with_gradient else None
 
 
 def _wants_gradients(call: Call) -> bool:
@@ -211,17 +220,21 @@ def g2g_events(call: Call) -> Activity:
             own = each.values.contiguous(), each.mask.tensors(), each.source, delay, bias, None, each.onto
             connections.append(Connection("linear", *own))
         sent = sent_before(population, reach[number], call.x.dtype)
-        populations.append(contiguous(population, connections, sent, call.x.dtype))
+        shown = range(size_of(population)) if population.membranes is True else population.membranes or ()
+        given_population = contiguous(population, connections, sent, call.x.dtype)
+        populations.append(replaced(given_population, membranes=tuple(shown)))
     order = tuple([number for component in components(call.populations) for number in component.members])
     before, x = None if call.before is None else call.before.contiguous(), call.x.contiguous()
     notes = _wants_gradients(call)
     tails = tuple([min(each, steps) if notes else 0 for each in reach[:-1]])
     given = EventsCall(x, before, tuple(populations), steps, order, tails, notes, call.truncate or 0)
-    counts, rates, last, sent, kept = OPERATOR(given)
+    counts, rates, last, sent, shown, kept = OPERATOR(given)
     spikes = [
         EventSpikes(kept[2 * number], kept[2 * number + 1], size_of(population), x.new_empty(0))
         for number, population in enumerate(call.populations)
     ]
+    shown_left = iter(shown)
+    membranes = [next(shown_left) if population.membranes else None for population in given.populations]
     tails_left, sent_last = iter(sent), list[Spikes | None]()
     for population, own_spikes, of in zip(populations, spikes, reach, strict=False):  # the inputs come last
         if of and notes:
@@ -236,6 +249,7 @@ def g2g_events(call: Call) -> Activity:
         tuple(rates),
         tuple(spikes),
         states=tuple(last),
+        membranes=tuple(membranes) if shown else None,
         sent=(*sent_last, _last_inputs(call, reach[-1], steps)),
     )
 
@@ -259,6 +273,7 @@ class _Arguments:
         self.lists = [lists_for(each.mask, each.values, "cols") for _, each in of]
         self.weights = [lists.ordered(each.values) for lists, (_, each) in zip(self.lists, of, strict=True)]
         self.order = torch.tensor(call.order, dtype=torch.int32)
+        self.shown = [torch.tensor(population.membranes, dtype=torch.int32) for population in call.populations]
         self.populations = (structures.ListPopulation * len(call.populations))()
         self.connections = (structures.ListConnection * len(of))()
         for number, population in enumerate(call.populations):
@@ -270,6 +285,8 @@ class _Arguments:
                 sent=pointer(sent),
                 sent_steps=0 if sent is None else len(sent),
                 size=size_of(population),
+                shown=self.shown[number].data_ptr(),
+                shown_count=len(self.shown[number]),
                 slack=1 / neurons.alpha if call.notes else 0,
                 grad_state=grad and pointer(grad.state),
                 grad_sent=grad and pointer(grad.sent),
@@ -316,9 +333,10 @@ class _Arguments:
 
 _Each = list[torch.Tensor]
 #: counts [B, N] of the output; of each population rates [N] and the states after the last step [states, B, N]; the
-#: spikes of its last steps [tail, B, N] where they are wanted; and kept of each: how many spikes each sample has in
-#: each step, int32 [B, T], and the neurons of these in order, int32; then the same of gradient events, with U − θ
-Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each]
+#: spikes of its last steps [tail, B, N] and the membranes [T, B, n] where they are wanted; and kept of each: how many
+#: spikes each sample has in each step, int32 [B, T], and the neurons of these in order, int32; then the same of gradient
+#: events, with U − θ
+Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 
 def _listed(call: EventsCall, handle: int, number: int, valued: bool) -> list[torch.Tensor]:
@@ -338,16 +356,18 @@ def _listed(call: EventsCall, handle: int, number: int, valued: bool) -> list[to
 
 def _forward(call: EventsCall, keep: bool) -> Outputs:
     count = len(call.populations)
-    last = [workspace.empty(state_shape(of, call.batch), call.x.dtype) for of in call.populations]
+    dtype, batch = call.x.dtype, call.batch
+    last = [workspace.empty(state_shape(of, batch), dtype) for of in call.populations]
+    shown = [workspace.empty((call.steps, batch, len(of.membranes)), dtype) for of in call.populations]
     handles: list[int] = []
     try:
         for _ in range(2 if call.notes else 1):
-            if not (handle := library().g2g_spikes_new(count * call.batch)):
-                raise MemoryError(f"there is no memory for the spikes of {count} populations, {call.batch} samples")
+            if not (handle := library().g2g_spikes_new(count * batch)):
+                raise MemoryError(f"there is no memory for the spikes of {count} populations, {batch} samples")
             handles.append(handle)
         arguments = _Arguments(call)
-        for population, to in zip(arguments.populations, last, strict=True):
-            population.last = to.data_ptr()
+        for population, to, membranes in zip(arguments.populations, last, shown, strict=True):
+            population.last, population.membranes = to.data_ptr(), membranes.data_ptr()
         arguments.network.spikes, arguments.network.events = handles[0], handles[-1] if call.notes else None
         run(library().g2g_list_network, arguments.network)
         kept = [_listed(call, handle, number, handle != handles[0]) for handle in handles for number in range(count)]
@@ -359,8 +379,9 @@ def _forward(call: EventsCall, keep: bool) -> Outputs:
         for (counts, neurons, *_), population in zip(kept, call.populations, strict=False)
     ]
     tails = [each.dense(tail) for each, tail in zip(spikes, call.tails, strict=True) if tail]
-    rates = [each.per_neuron()[0] / (call.steps * call.batch) for each in spikes]
-    return spikes[-1].per_neuron(of_samples=True), rates, last, tails, [each for part in kept for each in part]
+    rates = [each.per_neuron()[0] / (call.steps * batch) for each in spikes]
+    counts, shown = spikes[-1].per_neuron(of_samples=True), [each for each in shown if each.shape[-1]]
+    return counts, rates, last, tails, shown, [each for part in kept for each in part]
 
 
 def _outputs(call: EventsCall, keep: bool) -> list[Output | list[Output]]:
@@ -372,6 +393,7 @@ def _outputs(call: EventsCall, keep: bool) -> list[Output | list[Output]]:
         [Output(shape[2:], dtype) for shape in shapes],
         [Output(shape, dtype) for shape in shapes],
         [Output((tail, *shape[1:]), dtype) for tail, shape in zip(call.tails, shapes, strict=True) if tail],
+        [Output((call.steps, call.batch, len(of.membranes)), dtype) for of in call.populations if of.membranes],
         [*listed * len(shapes), *of_events * len(shapes)],
     ]
 
@@ -420,7 +442,7 @@ def _check_listed(number: int, size: int, counts: torch.Tensor, neurons: torch.T
 
 
 def _plain(call: EventsCall) -> list[torch.Tensor]:
-    """Counts, rates, last states and the last spikes by plain operations."""
+    """Counts, rates, last states, the last spikes and membranes by plain operations."""
     held = call.steps if call.x.dim() == 2 else None
     plain = Call(call.x, call.populations, held, call.before, spikes=True)
     run_plain = partial(in_turn, operators=PRODUCTS, neurons=in_steps)
@@ -430,8 +452,9 @@ def _plain(call: EventsCall) -> list[torch.Tensor]:
         activity = run_plain(plain)
     assert activity.states is not None
     tails = [each.dense()[call.steps - tail :] for each, tail in zip(activity.spikes, call.tails, strict=True) if tail]
-    return [activity.counts, *activity.rates, *activity.states, *tails]
+    membranes = [each for each in activity.membranes or () if each is not None]
+    return [activity.counts, *activity.rates, *activity.states, *tails, *membranes]
 
 
-RESULTS = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] tails, Tensor[] kept)"
-OPERATOR = Differentiable("events", RESULTS, 4, _forward, _backward, _outputs, _plain)
+RESULTS = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] tails, Tensor[] shown, Tensor[] kept)"
+OPERATOR = Differentiable("events", RESULTS, 5, _forward, _backward, _outputs, _plain)

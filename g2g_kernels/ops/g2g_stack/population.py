@@ -70,7 +70,7 @@ class Population(NamedTuple):
             reads it, or any delay where a model is reset in the step of its spike; None: nothing. (The spikes of one
             step before follow from the ``state`` of other models.)
         membranes: whether the run gives the membranes over time, or the numbers of the neurons of which it does. The
-            neurons then run step by step, except on Triton.
+            neurons then run step by step, except on Triton and by events.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)

@@ -169,10 +169,10 @@ def _run_sparse(call: Call, chunk: int | None) -> Activity:
     most = max(1, DENSE // max(1, x[0].numel()))
     if len(x) <= most:
         return run(replaced(call, x=x.to_dense()), chunk)
-    if call.spikes or any([population.membranes for population in call.populations]):
+    if call.spikes:
         raise ValueError(
-            f"sparse inputs {list(x.shape)} are run {chunk or most} steps at a time, which keeps no membranes and no "
-            "gradient of spikes over time; give fewer steps, or inputs.to_dense()"
+            f"sparse inputs {list(x.shape)} are run {chunk or most} steps at a time, which keeps no gradient of spikes "
+            "over time; give fewer steps, or inputs.to_dense()"
         )
     check_chunk(chunk or most, call)
     rows: Any = SparseSteps(x)

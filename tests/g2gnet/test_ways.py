@@ -76,7 +76,9 @@ CASES = {
     "dropout": (lambda: small_net(dropout=0.3).train(), "cpu chain", {}),
     "state": (lambda: continued(small_net()), "cpu chain", {}),
     "hooks": (lambda: hooked(small_net()), "modules in turn", dict.fromkeys((*KERNELS, TURN), HOOKS)),
-    "membranes": (lambda: (small_net(), {"membranes": True}), TURN, dict.fromkeys(KERNELS, NO_MEMBRANES)),
+    "membranes": (lambda: (small_net(), {"membranes": True}), TURN, {
+        **dict.fromkeys(KERNELS, NO_MEMBRANES), "cpu events": NO_LISTS,
+    }),
     "spikes": (lambda: (small_net(), {"spikes": True}), TURN, dict.fromkeys(KERNELS, NO_GRADIENT)),
     "cpu": (lambda: small_net(backend="cpu"), "cpu chain", {}),
     "torch": (lambda: small_net(backend="torch"), "reference", {

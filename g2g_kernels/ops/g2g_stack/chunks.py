@@ -1,5 +1,6 @@
 """A run in chunks of time steps. Only spikes, the states after each chunk and membranes that are wanted stay in memory:
-the backward pass runs one chunk at a time again, with gradients, from the states at its border, and finds the same spikes to the last bit.
+the backward pass runs one chunk at a time again, with gradients, from the states at its border, and finds the same
+spikes to the last bit.
 """
 
 from collections.abc import Callable, Sequence

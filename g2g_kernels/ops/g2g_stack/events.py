@@ -60,7 +60,7 @@ class EventsCall(NamedTuple):
     Attributes:
         x: [T, B, in], or [B, in] held for all steps.
         before: [D, B, in], the inputs of the D steps before the first; None: nothing.
-        populations: the output last; their ``membranes`` are the numbers of neurons, or ().
+        populations: the output last.
         steps: T.
         order: the populations in the order in which they receive in a step.
         tails: of each population, the number of last steps whose spikes are wanted with a gradient.
@@ -92,7 +92,7 @@ class EventsCall(NamedTuple):
         if self.notes and any([population.membranes for population in self.populations]):
             raise ValueError(NO_GRADIENT)
         for number, population in enumerate(self.populations):
-            if not all([0 <= each < size_of(population) for each in population.membranes]):
+            if not all([0 <= each < size_of(population) for each in _watched(population)]):
                 raise ValueError(f"membranes of population {number} must be neurons below {size_of(population)}")
         if self.notes and (reason := _refuses_gradients(self.populations)):
             raise ValueError(reason)
@@ -115,11 +115,8 @@ def refuses(call: Call) -> str | None:
         return "does not run where calls are recorded (torch.compile, torch.export)"
     if call.x.numel() == 0:
         return "needs a batch that is not empty"
-    with_gradient = _wants_gradients(call)
     if call.spikes and torch.is_grad_enabled():
         return "gives spikes over time no gradient"
-    if with_gradient and any([population.membranes for population in call.populations]):
-        return NO_GRADIENT
     lists = False
     for each in [each for population in call.populations for each in population.connections]:
         if reason := too_large(**{"weights in a layer": each.values.numel()}):
@@ -127,11 +124,21 @@ def refuses(call: Call) -> str | None:
         lists = lists or any([in_lists(each.mask.grid, each.values.shape, use) for use in ("stack", "recurrent")])
     if not lists:
         return "no weights lie in lists"
-    return _refuses_gradients(call.populations) if with_gradient else None
+    if not _wants_gradients(call):
+        return None
+    if any([population.membranes for population in call.populations]):
+        return NO_GRADIENT
+    return _refuses_gradients(call.populations)
 
 
 def _wants_gradients(call: Call) -> bool:
     return call.repeated or (torch.is_grad_enabled() and any([each.requires_grad for each in opened(call)[0]]))
+
+
+def _watched(population: Population) -> tuple[int, ...]:
+    """The neurons whose membranes are wanted."""
+    wanted = population.membranes
+    return wanted if isinstance(wanted, tuple) else tuple(range(size_of(population))) if wanted else ()
 
 
 def _refuses_gradients(populations: Sequence[Population]) -> str | None:
@@ -220,9 +227,8 @@ def g2g_events(call: Call) -> Activity:
             own = each.values.contiguous(), each.mask.tensors(), each.source, delay, bias, None, each.onto
             connections.append(Connection("linear", *own))
         sent = sent_before(population, reach[number], call.x.dtype)
-        shown = range(size_of(population)) if population.membranes is True else population.membranes or ()
         given_population = contiguous(population, connections, sent, call.x.dtype)
-        populations.append(replaced(given_population, membranes=tuple(shown)))
+        populations.append(replaced(given_population, membranes=population.membranes))
     order = tuple([number for component in components(call.populations) for number in component.members])
     before, x = None if call.before is None else call.before.contiguous(), call.x.contiguous()
     notes = _wants_gradients(call)
@@ -273,7 +279,7 @@ class _Arguments:
         self.lists = [lists_for(each.mask, each.values, "cols") for _, each in of]
         self.weights = [lists.ordered(each.values) for lists, (_, each) in zip(self.lists, of, strict=True)]
         self.order = torch.tensor(call.order, dtype=torch.int32)
-        self.shown = [torch.tensor(population.membranes, dtype=torch.int32) for population in call.populations]
+        self.shown = [torch.tensor(_watched(population), dtype=torch.int32) for population in call.populations]
         self.populations = (structures.ListPopulation * len(call.populations))()
         self.connections = (structures.ListConnection * len(of))()
         for number, population in enumerate(call.populations):
@@ -334,8 +340,8 @@ class _Arguments:
 _Each = list[torch.Tensor]
 #: counts [B, N] of the output; of each population rates [N] and the states after the last step [states, B, N]; the
 #: spikes of its last steps [tail, B, N] and the membranes [T, B, n] where they are wanted; and kept of each: how many
-#: spikes each sample has in each step, int32 [B, T], and the neurons of these in order, int32; then the same of gradient
-#: events, with U − θ
+#: spikes each sample has in each step, int32 [B, T], and the neurons of these in order, int32; then the same of
+#: gradient events, with U − θ
 Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 
@@ -358,7 +364,7 @@ def _forward(call: EventsCall, keep: bool) -> Outputs:
     count = len(call.populations)
     dtype, batch = call.x.dtype, call.batch
     last = [workspace.empty(state_shape(of, batch), dtype) for of in call.populations]
-    shown = [workspace.empty((call.steps, batch, len(of.membranes)), dtype) for of in call.populations]
+    shown = [workspace.empty((call.steps, batch, len(_watched(of))), dtype) for of in call.populations]
     handles: list[int] = []
     try:
         for _ in range(2 if call.notes else 1):
@@ -393,7 +399,7 @@ def _outputs(call: EventsCall, keep: bool) -> list[Output | list[Output]]:
         [Output(shape[2:], dtype) for shape in shapes],
         [Output(shape, dtype) for shape in shapes],
         [Output((tail, *shape[1:]), dtype) for tail, shape in zip(call.tails, shapes, strict=True) if tail],
-        [Output((call.steps, call.batch, len(of.membranes)), dtype) for of in call.populations if of.membranes],
+        [Output((call.steps, call.batch, len(_watched(of))), dtype) for of in call.populations if of.membranes],
         [*listed * len(shapes), *of_events * len(shapes)],
     ]
 

@@ -24,7 +24,8 @@ from g2gnet.programs import train
 
 #: pages whose code needs more than a directory to run in, and the tests that give it that
 ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "g2gnet/training/test_logging.py"}
-ELSEWHERE |= {"docs/brian2.md": "test_docs.py", "docs/connectome.md": "clients/test_neuroscience.py"}
+ELSEWHERE |= {"docs/data.md": "g2gnet/data/test_data.py", "docs/brian2.md": "test_docs.py"}
+ELSEWHERE |= {"docs/connectome.md": "clients/test_neuroscience.py"}
 PAGES = {
     page.relative_to(ROOT).as_posix(): page
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("g2g_kernels/ops/*/README.md"))

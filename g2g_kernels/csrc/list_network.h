@@ -477,7 +477,9 @@ template <class M, class R>
 std::unique_ptr<Stepper> stepper(const SharedPopulation& shared, const Held& held, double visit_cost, const Real* before,
                                  int64_t stride) {
     if constexpr (std::is_same_v<M, CubaLif>)
-        return std::make_unique<CubaLifs<R::value>>(shared, held, visit_cost, before, stride);
+        return choose(Resets{}, shared.given.neurons.reset, [&](auto reset) -> std::unique_ptr<Stepper> {
+            return std::make_unique<CubaLifs<decltype(reset)::value>>(shared, held, visit_cost, before, stride);
+        });
     else
         return std::make_unique<AllNeurons<M, R>>(shared, held, before, stride);
 }

@@ -227,7 +227,7 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
     parts.append(table(header, [(label, *result.values()) for label, result in results.items()]))
     parts.append(heading(3, "Settings that differ"))
     header = ["setting", *(label.partition(":")[0] for label in settings)]
-    rows = [(name, *(str(values.get(name, "–")) for values in settings.values())) for name in differing]
+    rows = [(name, *(_shown(values.get(name)) for values in settings.values())) for name in differing]
     parts.append(table(header, rows) if differing else paragraph("None."))
     curves = figures.training_curves({label: [each.run.history for each in runs] for label, runs in groups.items()})
     caption = (
@@ -235,6 +235,10 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
         "differ only in their seed are one line, their mean, with its standard error as a band."
     )
     return [*parts, picture(curves, caption)]
+
+
+def _shown(value: object) -> str:
+    return "–" if value is None else str(value)
 
 
 def _judges(run: SavedRun) -> str:

@@ -8,11 +8,14 @@ import http.server
 import re
 import threading
 import zipfile
+from pathlib import Path
 
 import fashion_mnist_mini
 import numpy as np
 import pytest
 import torch
+from code_blocks import ROOT, run_blocks
+from PIL import Image
 from small_data import NOBODY_LISTENS, fashion_mnist_files, write
 from torchvision.datasets import FashionMNIST
 
@@ -125,6 +128,24 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
     save(tmp_path / "mine.npz", **own_arrays(test_labels=np.zeros(9, np.int64)))
     with pytest.raises(DataError, match=rf"mine.npz is mine-.*, not {name}"):
         load_dataset(name, tmp_path)
+
+
+def test_the_page_makes_a_data_set_of_folders_of_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(
+        f"leaves/{part}/{kind}/{n}.png" for part in ("train", "test") for kind in "ba" for n in "12"
+    ):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (number, number, number)).save(name)
+    assert run_blocks(ROOT / "docs" / "data.md")["samples"].classes == ["a", "b"]
+    data = load_dataset(dataset_name("leaves.npz"), Path())
+    for first, images, labels in (
+        (0, data.train_images, data.train_labels),
+        (4, data.test_images, data.test_labels),
+    ):
+        assert images.shape == (4, 1, 32, 32)
+        assert [image.unique().tolist() for image in images] == [[first + 2], [first + 3], [first], [first + 1]]
+        assert labels.tolist() == [0, 0, 1, 1]
 
 
 def test_other_arrays_are_refused_by_name(tmp_path):

@@ -10,7 +10,7 @@ network whose weights are counted.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,12 @@ from torch.nn import functional as F
 from g2g_kernels import Activity, Connection, Population
 from g2g_kernels.ops.g2g_stack import Call
 from g2g_kernels.ops.g2g_stack.activity import Synapses, SynapticOperations
-from g2gnet import G2GNet
+from g2g_kernels.ops.g2g_stack.images import through
+from g2gnet import G2GLinear, G2GNet
 from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData, as_samples
+from g2gnet.dst.gradual_pruning import unit_sizes
+from g2gnet.images import Shape, images_of
 from g2gnet.sequences import unfold
 from g2gnet.training import Machine, Trainer, TrainSettings
 from g2gnet.training.checks import order_of
@@ -46,15 +49,39 @@ class ReLUNet(G2GNet):
         **options: Any,
     ) -> Activity:
         layers = [connection for connection, _ in self.layers()]
+        products = [self._product(number, layer) for number, layer in enumerate(layers)]
         drops = dropped if self.training and dropped is not None else [None] * (len(layers) - 1)
         x, rates = inputs, []
-        for layer, of_layer in zip(layers, [*drops, None], strict=True):
-            logits = layer(x)
+        for product, of_layer in zip(products, [*drops, None], strict=True):
+            logits = product(x)
             x = logits.relu()
             if of_layer is not None:
                 x = x.masked_fill(of_layer, 0) * self._scale
             rates.append((x > 0).float().mean(0))
-        return Activity(logits, tuple(rates), (), _Synapses(inputs, layers))
+        images = len(self.input_shape) == 3
+        return Activity(logits, tuple(rates), (), _EveryWeight(self) if images else _Synapses(inputs, layers))
+
+    def _product(self, number: int, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A layer of flattened images or neurons [B, N], with the pools before it."""
+        (name,) = [each.name for each in self.projections() if each.target == number]
+        images = images_of(self._paths[name], layer, [*self.shapes.values()][number])
+        if images is None:
+            return layer
+        return lambda x: through(images, x, layer, flat=isinstance(layer, G2GLinear))
+
+
+class _EveryWeight(Synapses):
+    """Every weight of a network of images costs a multiplication at each of its pixels, as they are computed."""
+
+    def __init__(self, net: G2GNet) -> None:
+        self._net = net
+
+    def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
+        counted = []
+        for (layer, _), shape in zip(self._net.layers(), [*self._net.shapes.values()][1:], strict=True):
+            done = int(unit_sizes(layer).sum()) * math.prod(shape[1:])
+            counted.append(SynapticOperations(0, done, math.prod(layer.mask.shape) * layer.weights_of_place))
+        return tuple(counted)
 
 
 class _Synapses(Synapses):
@@ -73,9 +100,9 @@ class _Synapses(Synapses):
 class ReLUTrainer(Trainer):
     """Trains a :class:`ReLUNet`, whose neurons have nothing to learn."""
 
-    def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
+    def _build_network(self, input_shape: Shape, num_classes: int) -> G2GNet:
         net = ReLUNet.from_settings(
-            self.settings, input_dim, num_classes, generator=stream(self.settings.seed, "network")
+            self.settings, input_shape, num_classes, generator=stream(self.settings.seed, "network")
         )
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(not name.startswith("lif"))

@@ -285,6 +285,14 @@ def _delays() -> dict[str, str]:
     return rows
 
 
+def _images() -> dict[str, str]:
+    # ERK keeps the few kernels of the first layer
+    shares = {f"{percent} %": f"--p_intra {percent / 100}" for percent in (25, 5)}
+    sparse = "--model regular --num_groups 1 --block_size 1 --density erk"
+    spiking = crossed({"100 %": "--model conv"}) | crossed(shares, {"": sparse})
+    return spiking | {f"{row}, {RELU}": f"{flags} --name {RELU}" for row, flags in spiking.items()}
+
+
 ACCURACY, TRAINED, SILENT = "test accuracy, %", "training accuracy, %", "never fires, % of layers 1 and 2"
 SECONDS, PROCESSOR = "seconds of training", "processor seconds"
 STUDIES = {
@@ -320,6 +328,16 @@ STUDIES = {
         _recipe(),
         40,
         ("", "epochs", ACCURACY, "minus the recipe, points", TRAINED, SILENT, SECONDS),
+    ),
+    "images": Study(
+        "Convolutions by few kernels: 16C3-P2-32C3-P2-10 with all of its kernels and weights, a quarter and a "
+        "twentieth, and the same networks with ReLU, without time.",
+        "two hours",
+        f"--dataset fashionmnist --layers 16C3-P2-32C3-P2 {LEARNT.replace('--T 10', '--T 5')} --readout last "
+        "--batch_size 128",
+        _images(),
+        5,
+        ("", "weights", ACCURACY, TRAINED, SILENT, PROCESSOR),
     ),
     "dst": Study(
         "Growth rules of dynamic sparse training against static graphs; all prune by magnitude. Spread: standard "

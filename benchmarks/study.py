@@ -65,12 +65,13 @@ def result(run: Run) -> dict[str, Any] | None:
         taken = {f"train_{name}": sum(record[name] for record in history) for name in ("seconds", "cpu_seconds")}
         about = {name: last[name] for name in ("epoch", "train_acc", "weights", "hidden_dim")} if last else {}
         return last and {**about, **taken, "test_acc": last[tested]}
-    end = outcome(run, lambda saved: {"placement": placement(saved.masks()["fc2"])})
+    second = "fc2" if run.settings.layers is None else "conv2"
+    end = outcome(run, lambda saved: {"placement": placement(saved.masks()[second])})
     if end is None:
         return None
     names = ("epoch", "train_acc", "train_seconds", "train_cpu_seconds", "weights", "placement")
     shares = {name: [round(end[name][layer], 5) for layer in ("lif1", "lif2")] for name in ("silent", "firing_rate")}
-    more = {"test_acc": end[tested], "density": end["density"]["fc2"]}
+    more = {"test_acc": end[tested], "density": end["density"][second]}
     return {**{name: end[name] for name in names}, **shares, **more}
 
 

@@ -1,6 +1,5 @@
 """G2GNet: layers of spiking neurons joined by dense or group-sparse connections, with recurrence and delays."""
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,14 +10,17 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.numbers import COUNT
+from g2gnet.convolution import MaskedConv2d
 from g2gnet.encoding import SampleForm, as_samples, check_samples, encode
+from g2gnet.images import Shape, checked_shape
 from g2gnet.layers import G2GLinear
 from g2gnet.network_settings import NetworkSettings
 from g2gnet.neurons import NEURONS, SpikingNeurons
+from g2gnet.notation import placed
 from g2gnet.sequences import tapped, unfold
 from g2gnet.spiking_network import Projection, SpikingNetwork, answer, check_input
 from g2gnet.weights.densities import layer_probabilities
-from g2gnet.weights.patterns import Pattern, layer_mask, mask_between
+from g2gnet.weights.patterns import FULL, Pattern, layer_mask, mask_between
 
 
 class Prediction(NamedTuple):
@@ -43,14 +45,19 @@ class G2GNet(SpikingNetwork):
 
     Args:
         input_dim, hidden_dim, num_classes: the sizes of the populations. ``input_dim`` counts the inputs of one time
-            step; ``hidden_dim`` is the size of each of two hidden layers, or a list of the size of each.
-        model: ``"dense"``, or how neurons are grouped. ``"index"``: contiguous ranges. ``"random"``: drawn for
-            each side of each layer. ``"mixer"``: in turns contiguous (fc1: spatial mixing) and interleaved (fc2:
-            feature mixing). ``"erdos_renyi"``, ``"small_world"``, ``"distance"``: contiguous groups, with equally many
-            units in other places (:mod:`g2gnet.weights.patterns`). Or a pattern of your own, a function of its form.
+            step; ``hidden_dim`` is the size of each of two hidden layers, or a list of the size of each. With
+            ``layers``, ``input_dim`` is the shape of these inputs, (C, H, W), and ``hidden_dim`` None.
+        model: ``"dense"`` (of ``layers`` ``"conv"``), or how neurons, or channels, are grouped. ``"index"``: contiguous
+            ranges. ``"random"``: drawn for each side of each layer. ``"mixer"``: in turns contiguous (fc1: spatial
+            mixing) and interleaved (fc2: feature mixing). ``"erdos_renyi"``, ``"small_world"``, ``"distance"``:
+            contiguous groups, with equally many units in other places (:mod:`g2gnet.weights.patterns`). Or a pattern of
+            your own, a function of its form.
         p_inter, p_intra: the probability of a unit between and inside groups (ignored for dense and a pattern of your
             own).
-        block_size: side of a connection unit, in weights.
+        layers: hidden layers of images, ``"32C3-64C3-P2-128C3-P2"``: ``32C3`` is a convolution with 32 channels and
+            3 × 3 kernels that keeps the size (``conv1``, …), ``P2`` or ``AP2`` a pool of 2 × 2 spikes (maximum or
+            mean), ``256`` so many neurons without a place (``fc3``). A sparse model then connects groups of channels.
+        block_size: side of a connection unit, in weights (of a convolution, in kernels).
         T: number of time steps of a sample [B, D].
         num_groups: groups on each side of a sparse layer; on a side with fewer neurons, one per neuron.
         density: ``"uniform"``, or ``"erk"``: small layers keep more of their weights
@@ -115,8 +122,8 @@ class G2GNet(SpikingNetwork):
 
     def __init__(
         self,
-        input_dim: int,
-        hidden_dim: int | Sequence[int],
+        input_dim: int | Sequence[int],
+        hidden_dim: int | Sequence[int] | None,
         num_classes: int,
         model: str | Pattern = NetworkSettings.model,
         p_inter: float = NetworkSettings.p_inter,
@@ -124,6 +131,7 @@ class G2GNet(SpikingNetwork):
         T: int = NetworkSettings.T,  # noqa: N803  (the field's name for it)
         *,
         p_intra: float = NetworkSettings.p_intra,
+        layers: str | None = NetworkSettings.layers,
         num_groups: int = NetworkSettings.num_groups,
         density: str = NetworkSettings.density,
         enc: str = NetworkSettings.enc,
@@ -153,11 +161,15 @@ class G2GNet(SpikingNetwork):
         **parameters: float,
     ) -> None:
         given = locals()  # whose names are those of the settings
+        if layers is not None and hidden_dim is None:
+            given["hidden_dim"] = NetworkSettings.hidden_dim  # which has no effect
         settings = NetworkSettings(**{name: given[name] for name in NetworkSettings.defaults() if name in given})
-        sizes = (input_dim, *settings.hidden_sizes, num_classes)
-        populations, projections = _projections(settings, sizes, backend, generator, parameters)
-        output = f"lif{len(sizes) - 1}"
-        super().__init__(populations, projections, output, settings.T, settings.dropout, settings.readout, backend)
+        shape = checked_shape(input_dim) if isinstance(input_dim, Sequence) else (input_dim,)
+        populations, projections = _projections(settings, shape, num_classes, backend, generator, parameters)
+        output, images = f"lif{len(populations)}", None if len(shape) == 1 else shape
+        super().__init__(
+            populations, projections, output, settings.T, settings.dropout, settings.readout, backend, images
+        )
         self.quantize = settings.quantize
         self.model = settings.model
         self.enc = settings.enc
@@ -169,19 +181,19 @@ class G2GNet(SpikingNetwork):
             self.register_buffer("input_mean", torch.zeros(()))
             self.register_buffer("input_deviation", torch.ones(()))
         self.input_taps = settings.input_taps
-        if input_dim % self.input_taps:
+        if shape[0] % self.input_taps:
             raise ValueError(
                 f"input_dim={input_dim} is no multiple of input_taps={self.input_taps}; give N·D of a step's D"
             )
         if self.sequence != "none":
-            at_once = input_dim // self.input_taps
+            at_once = math.prod(shape) // self.input_taps
             self.register_whole("input_order", torch.arange(self.T * at_once).view(self.T, at_once))
 
     @classmethod
     def from_settings(
         cls,
         settings: NetworkSettings,
-        input_dim: int,
+        input_dim: int | Sequence[int],
         num_classes: int,
         backend: str | None = None,
         generator: torch.Generator | None = None,
@@ -252,7 +264,7 @@ class G2GNet(SpikingNetwork):
         self._check_shape(tuple(samples.shape))
         if self.trained_on is not None:
             self.trained_on.check(samples)
-        like, logits = self.fc1.values, []
+        like, logits = next(self.parameters()), []
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -303,17 +315,21 @@ class G2GNet(SpikingNetwork):
 
 def _projections(
     settings: NetworkSettings,
-    sizes: Sequence[int],
+    input_shape: Shape,
+    num_classes: int,
     backend: str | None,
     generator: torch.Generator | None,
     parameters: Mapping[str, float],
 ) -> tuple[dict[str, nn.Module], dict[str, Projection]]:
-    """Draws populations of these ``sizes``, the first for inputs, and what joins them; ``parameters`` are
-    arguments of the neurons."""
-    model, kind, count = settings.model, NEURONS[settings.neuron], len(sizes) - 1
+    """Draws the populations and what joins them, for inputs of this shape; ``parameters`` are arguments of the
+    neurons."""
+    forms = settings.layer_forms(num_classes)
+    places = placed(forms, input_shape)
+    sizes = [math.prod(shape) for shape in (input_shape, *[each.shape for each in places])]
+    model, kind, count = settings.model, NEURONS[settings.neuron], len(places)
     back = [(f"rec{n}", n, n) for n in range(1, count) if settings.is_recurrent(n)]
     back += [(f"fb{n}", n + 1, n) for n in range(1, count - 1) if settings.feedback]
-    shapes = [(out_size, in_size) for in_size, out_size in itertools.pairwise(sizes)]
+    shapes = [each.weight for each in places]
     probabilities = layer_probabilities(
         shapes + [(sizes[target], sizes[source]) for _, source, target in back],
         settings.p_intra,
@@ -322,9 +338,9 @@ def _projections(
         settings.density,
     )
     populations: dict[str, nn.Module] = {}
-    connections: dict[str, tuple[int, int, G2GLinear]] = {}
-    for number, shape in enumerate(shapes):
-        if model == "dense":
+    connections: dict[str, tuple[int, int, G2GLinear | MaskedConv2d]] = {}
+    for number, (form, shape) in enumerate(zip(forms, shapes, strict=True)):
+        if model in FULL:
             out_layout, in_layout = (GroupLayout(size, 1) for size in shape)
             mask = BlockMask.full(out_layout, in_layout, settings.block_size)
         else:
@@ -339,12 +355,18 @@ def _projections(
             for name in (*kind.model.by_spikes, "threshold"):  # nothing reaches them
                 options[f"learn_{name}"] = False
             options |= dict.fromkeys(kind.model.by_spikes, 0.0)
-        connection = G2GLinear(mask, backend=backend, generator=generator)
+        connection: G2GLinear | MaskedConv2d
+        if form.kernel is None:
+            connection = G2GLinear(mask, backend=backend, generator=generator)
+        else:
+            connection = MaskedConv2d(
+                shape[1], shape[0], form.kernel, padding="same", mask=mask, backend=backend, generator=generator
+            )
         if number > 0:
             with torch.no_grad():
                 connection.values.mul_(settings.init_gain)
-        connections[f"fc{number + 1}"] = number, number + 1, connection
-        populations[f"lif{number + 1}"] = kind(shape[0] if settings.per_neuron else None, **options)
+        connections[f"{'fc' if form.kernel is None else 'conv'}{number + 1}"] = number, number + 1, connection
+        populations[f"lif{number + 1}"] = kind(sizes[number + 1] if settings.per_neuron else None, **options)
     # after all others, which are the same without them
     for (name, source, target), probability in zip(back, probabilities[len(shapes) :], strict=True):
         if source == target and settings.p_rec_inter is not None:
@@ -358,12 +380,14 @@ def _projections(
     projections = {}
     names = ["input", *populations]
     for name, (source, target, connection) in connections.items():
+        pools = () if source >= target else forms[source].pools
+        module = nn.Sequential(*pools, connection) if pools else connection
         delay: int | torch.Tensor = int(source >= target)
         learned: dict[str, Any] = {}
         if settings.delay:
             least = int(source >= target)
-            delay = torch.randint(least, settings.delay + 1, (connection.in_features,), generator=generator)
+            delay = torch.randint(least, settings.delay + 1, (sizes[source],), generator=generator)
             learned = {"learn_delay": settings.learn_delay, "max_delay": settings.delay}
             learned |= {"delay_width": settings.delay_width if settings.learn_delay else 1}
-        projections[name] = Projection(names[source], names[target], connection, delay, **learned)
+        projections[name] = Projection(names[source], names[target], module, delay, **learned)
     return populations, projections

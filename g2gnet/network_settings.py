@@ -3,7 +3,7 @@ and checkpoints; and the settings of a network."""
 
 import dataclasses
 import typing
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from g2g_kernels.choices import check_choice, check_flag
@@ -13,6 +13,7 @@ from g2g_kernels.ops.neurons.models import RESET
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2gnet.encoding import ENCODINGS
 from g2gnet.neurons import NEURONS
+from g2gnet.notation import FORM, Layer, parse
 from g2gnet.sequences import SEQUENCES
 from g2gnet.spiking_network import DROPOUT, READOUTS
 from g2gnet.weights.densities import DENSITIES
@@ -256,7 +257,7 @@ class NetworkSettings(Settings):
 
     model: str | Pattern = _model(  # noqa: RUF009  (a function is as immutable as text)
         "index",
-        "fully connected, or how groups of neurons are connected",
+        "fully connected (conv: the `layers`, with every kernel), or how groups of neurons or channels are connected",
         choices=MODELS,
         others=Others("a pattern of your own", callable),
     )
@@ -266,6 +267,13 @@ class NetworkSettings(Settings):
         low=1,
         high=SIZE.high,
         several=True,
+    )
+    layers: str | None = _model(
+        None,
+        "hidden layers of images in place of `hidden_dim`, as 32C3-64C3-P2-128C3-P2: 32C3 is a convolution with 32 "
+        "channels and 3 × 3 kernels that keeps the size, P2 or AP2 a pool of 2 × 2 spikes (maximum or mean), 256 "
+        "neurons without a place",
+        metavar="LAYERS",
     )
     num_groups: int = _model(8, "groups on each side of a sparse layer (at most one per neuron)", low=1)
     p_inter: float = _model(0.15, "probability of a connection unit between groups", low=0, high=1)
@@ -350,6 +358,12 @@ class NetworkSettings(Settings):
                 object.__setattr__(self, name, kind.initial[name])  # the files store the value, as of any other setting
         super().__post_init__()
 
+    def layer_forms(self, num_classes: int) -> tuple[Layer, ...]:
+        """The layers of a network with so many outputs."""
+        if self.layers is not None:
+            return parse(self.layers, num_classes)
+        return tuple([Layer(size) for size in (*self.hidden_sizes, num_classes)])
+
     @property
     def hidden_sizes(self) -> tuple[int, ...]:
         """The neurons of each hidden layer."""
@@ -360,14 +374,7 @@ class NetworkSettings(Settings):
         return self.recurrent if isinstance(self.recurrent, bool) else layer in self.recurrent
 
     def _at_odds(self) -> list[str]:
-        problems = super()._at_odds()
-        count = len(self.hidden_sizes)
-        if not isinstance(self.recurrent, bool) and max(self.recurrent) > count:
-            problems.append(f"recurrent={self.recurrent}: there are {count} hidden layers, numbered from 1")
-        if not isinstance(self.recurrent, bool) and len(set(self.recurrent)) < len(self.recurrent):
-            problems.append(f"recurrent={self.recurrent} names a layer twice; give each once")
-        if self.feedback and count < 2:
-            problems.append("feedback joins a hidden layer to the one below it, and there is one; leave `feedback` out")
+        problems = [*super()._at_odds(), *(self._of_sizes() if self.layers is None else self._of_layers(self.layers))]
         if self.quantize not in (None, *BITS):
             problems.append(
                 f"quantize={self.quantize} is not one of {', '.join(map(str, BITS))}; give one, or leave it out"
@@ -380,6 +387,32 @@ class NetworkSettings(Settings):
                 "give `enc=current`, or leave `standardize` out"
             )
         return problems
+
+    def _of_sizes(self) -> Iterator[str]:
+        """Conflicts of settings of the layers of ``hidden_dim``."""
+        count = len(self.hidden_sizes)
+        if self.model == "conv":
+            yield f"model=conv needs `layers`; give {FORM}"
+        if not isinstance(self.recurrent, bool) and max(self.recurrent) > count:
+            yield f"recurrent={self.recurrent}: there are {count} hidden layers, numbered from 1"
+        if not isinstance(self.recurrent, bool) and len(set(self.recurrent)) < len(self.recurrent):
+            yield f"recurrent={self.recurrent} names a layer twice; give each once"
+        if self.feedback and count < 2:
+            yield "feedback joins a hidden layer to the one below it, and there is one; leave `feedback` out"
+
+    def _of_layers(self, layers: str) -> Iterator[str]:
+        """Conflicts of settings with ``layers``."""
+        try:
+            parse(layers)
+        except ValueError as error:
+            yield str(error)
+        if self.model == "dense":
+            yield f"layers={layers} needs a model of channels; give `model=conv`, or a sparse model"
+        for name in ("hidden_dim", "recurrent", "feedback", "quantize"):
+            if (value := getattr(self, name)) != self.defaults()[name]:
+                yield f"{name}={value} is of networks without images, not of layers={layers}; leave one of them out"
+        if self.sequence in ("rows", "pixels", "permuted"):
+            yield f"sequence={self.sequence} gives no images, which layers={layers} takes; leave one of them out"
 
     def neuron_parameters(self) -> dict[str, float]:
         """The initial values of the neurons' parameters."""

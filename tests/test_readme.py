@@ -81,6 +81,8 @@ def run(program, arguments):
     module, kind, small = PROGRAMS[program]
     if "--start" in arguments:
         run("train.py", maker_of(arguments[arguments.index("--start") + 1]))
+    if "--layers" in arguments:
+        small = small.replace("--hidden_dim 64 ", "")
     arguments = [*arguments, *shlex.split(small)]
     parser = module.build_parser()
     assert module.main(arguments) == 0

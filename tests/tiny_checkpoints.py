@@ -15,6 +15,7 @@ TINY = shlex.split(
 VARIANTS = {
     "mixer": "--model mixer",
     "dense": "--model dense --precision bf16",
+    "images": "--hidden_dim 2048 --model mixer --layers 4C3-P4-8C3-P2-16 --num_groups 2 --block_size 1 --delay 1",
     "index, dynamic": "--model index --enc rate --sparsity_mode dynamic --dst_interval 3",
 }
 

@@ -25,7 +25,7 @@ DEFAULTS = {
     "average": None, "readout": "counts", "dropout": 0.0, "init_gain": 1.0, "dst_interval": 1000, "dst_fraction": 0.1,
     "dst_schedule": "constant", "dst_stop": 1.0, "final_density": None, "precision": "fp32", "limit_train": None,
     "limit_test": None, "validation": None, "validation_seed": 0, "patience": None, "quantize": None,
-    "start": None,
+    "start": None, "layers": None,
 }  # fmt: skip
 #: of flags that were not given, where data or other settings decide
 DERIVED = {"T": None, "sequence": None}
@@ -54,6 +54,11 @@ VARIANTS = {
         "label_smoothing": 0.1, "average": 3, "standardize": True, "augment": "shift-flip", "erase": 0.5,
         "sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.3, "dst_schedule": "cosine", "dst_stop": 0.75,
         "cg": "gradient", "validation": 0.25, "validation_seed": 3, "patience": 3,
+    },
+    "images": {
+        "model": "mixer", "hidden_dim": 2048, "layers": "2C3-P4-4C3-AP2-16", "num_groups": 2, "block_size": 1, "T": 3,
+        "sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.3, "cg": "gradient",
+        "per_neuron": True, "delay": 1, "dropout": 0.2, "chunk": 2, "enforce_sparsity": True, "warmup_epochs": 1,
     },
     "pruned from a dense start": {
         "model": "dense", "sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "dst_stop": 0.75,

@@ -12,7 +12,7 @@ from g2g_kernels.mask.groups import partners
 from g2g_kernels.ops.g2g_stack.chunks import ChunkedSpikes
 from g2gnet.activity_recorder import SpikeTrain, dense
 from g2gnet.inspect import spike_statistics
-from g2gnet.inspect.connections import cross_group_share, group_density, input_group_entropy
+from g2gnet.inspect.connections import cross_group_share, group_density, input_group_entropy, of_pixels
 from g2gnet.inspect.spike_statistics import CountCorrelation, SpikeSums, firing_rates, group_means, pearson
 from g2gnet.network import G2GNet
 
@@ -152,15 +152,16 @@ class NetworkAnalysis:
 def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> NetworkAnalysis:
     """Analyses the activity of ``net`` in ``batches``; spikes are summed batch by batch on the device and not kept.
 
-    A layer's neurons have the groups of its connection's outputs. Its inputs have those of the connection's inputs,
-    which may group the same neurons differently.
+    A layer's neurons have the groups of its connection's outputs (those of an image the groups of their channels). Its
+    inputs have those of the connection's inputs, which may group the same neurons differently.
 
     Example:
         >>> analysis = analyze_network(net, [batch], num_classes=10)
         >>> [layer.name for layer in analysis.layers]
         ['lif1', 'lif2', 'lif3']
     """
-    net.check_linear("analyze_network")
+    first = {each.target: each for each in net.projections()[::-1]}
+    projections = [first[number] for number in range(net.depth)]
     connections = [connection for connection, _ in net.layers()]
     outputs: list[list[SpikeSums]] = [[] for _ in connections]
     inputs: list[list[SpikeSums]] = [[] for _ in connections]
@@ -173,9 +174,12 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
         operations += torch.tensor(activity.synaptic_operations())
         for number, connection in enumerate(connections):
             if pre is not None:
-                inputs[number].append(_sums(pre, labels, num_classes, connection.mask.cols.layout))
-            pre = activity.spikes[number]
-            outputs[number].append(_sums(pre, labels, num_classes, connection.mask.rows.layout))
+                train = net.behind_pools(projections[number], pre)
+                size = train.shape[-1] if isinstance(train, torch.Tensor) else net.sizes[projections[number].source]
+                layout = of_pixels(connection.mask.cols.layout, size)
+                inputs[number].append(_sums(train, labels, num_classes, layout))
+            pre, layout = activity.spikes[number], of_pixels(connection.mask.rows.layout, net.sizes[number])
+            outputs[number].append(_sums(pre, labels, num_classes, layout))
 
     samples = sum(len(sums.labels) for sums in outputs[0])
     layers = []

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from g2g_kernels import BlockMask
+from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.mask.groups import partners
 
 
@@ -19,7 +19,7 @@ def group_density(mask: BlockMask, values: torch.Tensor | None = None) -> torch.
     """
     row_group, col_group = _groups_of_units(mask)
     out_sizes, in_sizes = mask.rows.layout.sizes, mask.cols.layout.sizes
-    of_units = mask.unit_sizes if values is None else values.detach().abs().sum((1, 2))
+    of_units = mask.unit_sizes if values is None else _strength(values).sum((1, 2))
     total = torch.zeros(len(out_sizes) * len(in_sizes), dtype=torch.float64)
     total.index_add_(0, row_group * len(in_sizes) + col_group, of_units.cpu().double())
     return total.view(len(out_sizes), len(in_sizes)) / (out_sizes[:, None] * in_sizes)
@@ -49,7 +49,7 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
         >>> input_group_entropy(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))
         tensor([1., 1.], dtype=torch.float64)
     """
-    strength = (mask.valid() if values is None else values.detach().abs()).sum(2).cpu().double()
+    strength = (mask.valid() if values is None else _strength(values)).sum(2).cpu().double()
     row, (_, col_group) = mask.unit_row.long().cpu(), _groups_of_units(mask)
     in_sizes = mask.cols.layout.sizes
     share = torch.zeros(mask.rows.num_units, len(in_sizes), mask.rows.width, dtype=torch.float64)
@@ -58,6 +58,23 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
     p = share / share.sum(1, keepdim=True)
     entropy = torch.special.entr(p).sum(1) / (math.log(len(in_sizes)) or math.nan)
     return torch.stack([entropy[mask.rows.layout.group_of == g].nanmean() for g in range(mask.rows.layout.num_groups)])
+
+
+def of_pixels(layout: GroupLayout, neurons: int) -> GroupLayout:
+    """The groups of the neurons of an image, those of their channels; of a list of neurons the ``layout`` itself.
+
+    Example:
+        >>> of_pixels(GroupLayout(4, 2), 8).group_of
+        tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    """
+    if neurons == layout.size:
+        return layout
+    return GroupLayout.from_assignment(layout.group_of.repeat_interleave(neurons // layout.size))
+
+
+def _strength(values: torch.Tensor) -> torch.Tensor:
+    """``|w|`` of packed weights [num_units, unit_rows, unit_cols], of kernels their sum."""
+    return values.detach().abs().flatten(3).sum(3) if values.dim() > 3 else values.detach().abs()
 
 
 def _groups_of_units(mask: BlockMask) -> tuple[torch.Tensor, torch.Tensor]:

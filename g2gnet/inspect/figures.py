@@ -18,7 +18,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2g_kernels import Activity, BlockMask, GroupLayout
 from g2gnet.inspect import NetworkAnalysis, group_density
-from g2gnet.layers import G2GLinear
+from g2gnet.inspect.connections import of_pixels
+from g2gnet.layers import SparseLayer
 from g2gnet.projections import cycles_of
 from g2gnet.spiking_network import SpikingNetwork
 
@@ -71,8 +72,9 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
     connections, names = net.connections(), net.populations
     layouts = {name: GroupLayout(size, 1) for name, size in zip(names, net.sizes, strict=False)}
     for each in net.projections()[::-1]:  # the first one that leads to a population says its groups
-        if isinstance(connections[each.name], G2GLinear):
-            layouts[names[each.target]] = connections[each.name].mask.rows.layout
+        if isinstance(connections[each.name], SparseLayer):
+            layout = connections[each.name].mask.rows.layout
+            layouts[names[each.target]] = of_pixels(layout, net.sizes[each.target])
     trains = zip(names, activity.spikes, strict=True)
     return [Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[name]) for name, spikes in trains]
 

@@ -8,14 +8,15 @@ import torch
 from g2gnet.base.distributed import ALONE, World
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples
+from g2gnet.images import Shape
 from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
 from g2gnet.training.run_settings import TrainSettings
 
 
-def build_network(settings: TrainSettings, input_dim: int, num_classes: int, backend: str | None = None) -> G2GNet:
+def build_network(settings: TrainSettings, inputs: int | Shape, num_classes: int, backend: str | None = None) -> G2GNet:
     """The initial network of a run with ``settings``, on the CPU; the seed draws masks and weights."""
-    return G2GNet.from_settings(settings, input_dim, num_classes, backend, stream(settings.seed, "network"))
+    return G2GNet.from_settings(settings, inputs, num_classes, backend, stream(settings.seed, "network"))
 
 
 def autocast(settings: TrainSettings, device: torch.device) -> contextlib.AbstractContextManager:

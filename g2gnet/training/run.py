@@ -29,6 +29,8 @@ from g2gnet.training.saved_state import UNFIT, check_history
 from g2gnet.training.trainer import Trainer
 
 TrainerT = TypeVar("TrainerT", bound=EpochTrainer)
+#: the most spike counts, samples × neurons, that the analysis at the end of a run keeps
+ANALYSIS_COUNTS = 50_000_000
 #: called after each epoch, once its checkpoint is written, with the epoch's record and the trainer
 EpochCallback = Callable[[dict[str, Any], TrainerT], None]
 
@@ -62,7 +64,8 @@ def run_training(
         if settings.validation is not None:
             best = read_checkpoint(files.best)
             net, epoch = trainer.network_of(best), best["epoch"]
-        batches = run_images(net, settings, epoch, trainer.data, count=ANALYSIS_SAMPLES)
+        count = max(1, min(ANALYSIS_SAMPLES, ANALYSIS_COUNTS // sum(net.sizes)))
+        batches = run_images(net, settings, epoch, trainer.data, count=count)
         analysis = analyze_network(net, batches, trainer.data.num_classes)
         files.write_analysis(analysis.as_dict())
         if show_analysis:

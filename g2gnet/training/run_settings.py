@@ -1,8 +1,9 @@
 """The settings that decide a training run's results: data, network, optimisation and rewiring."""
 
 import dataclasses
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from g2g_kernels.numbers import FLOAT32, Number
@@ -12,10 +13,12 @@ from g2gnet.data.augmentation import SHIFTS, shift_problem
 from g2gnet.data.binned import STEP
 from g2gnet.data.features import RELEASES
 from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule
-from g2gnet.network_settings import Need, NetworkSettings, Others, Settings, of_group, with_default
+from g2gnet.images import Shape
+from g2gnet.network_settings import Need, NetworkSettings, Others, Settings, SettingsError, of_group, with_default
 from g2gnet.neurons import NEURONS
+from g2gnet.notation import placed
 from g2gnet.sequences import sequence_length
-from g2gnet.weights.patterns import SPARSE
+from g2gnet.weights.patterns import FULL, SPARSE
 
 SPARSITY_MODES = ("static", "dynamic")
 PRECISIONS = ("fp32", "bf16")
@@ -233,6 +236,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         elif self.sequence == "own" and name in DATASETS and not DATASETS[name].sequences:
             yield f"sequence=own is of data of your own, but {name} has images; give `sequence=rows` or another"
         of_images = self.of_images() | ({} if self.sequence == "none" else {"sequence": self.sequence})
+        of_images |= {} if self.layers is None else {"layers": self.layers}
         for setting, value in of_images.items() if self.use_resnet else ():
             yield f"{setting}={value} needs images, but use_resnet trains on features; leave one of them out"
 
@@ -255,12 +259,15 @@ class TrainSettings(NetworkSettings, RunSettings):
             if acts and rules[rule].needs == ACTIVITY and self.readout != "counts":
                 without = f"a correlation needs output spikes, and readout={self.readout} has none"
                 yield f"{name}={rule}: {without}; give another `{name}`, or `readout=counts`"
+            if acts and rules[rule].needs == ACTIVITY and re.search("[CP]", self.layers or ""):
+                others = " or ".join(f"`{name}={other}`" for other in rules if rules[other].needs != ACTIVITY)
+                yield f"{name}={rule}: correlations are of neurons, not of the channels of `layers`; give {others}"
         replaces = self.sparsity_mode == "dynamic" and self.final_density is None
         if replaces and self.dst_fraction < FLOAT32[0]:  # smaller numbers may be flushed to 0
             yield f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`"
-        if replaces and self.model != "dense" and self.p_inter == self.p_intra == 1:
+        if replaces and self.model in SPARSE and self.p_inter == self.p_intra == 1:
             yield "sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter"
-        if replaces and self.model == "dense":
+        if replaces and self.model in FULL:
             sparse = ", ".join(SPARSE)
             yield f"sparsity_mode=dynamic needs a sparse model; give `model={sparse}`, or a `final_density`"
 
@@ -274,6 +281,26 @@ class TrainSettings(NetworkSettings, RunSettings):
         """The given settings that change training images."""
         changes = {"augment": self.augment in SHIFTS, "erase": self.erase > 0}
         return {name: getattr(self, name) for name, given in changes.items() if given}
+
+    def input_shape(self, sample: Sequence[int]) -> Shape:
+        """The shape of what the first layer receives at a step of samples of this shape: (C, H, W) with ``layers``, or
+        (D,). Raises SettingsError if these take no images, or other ones."""
+        at_once = [*sample[1:]] if self.sequence == "own" else [*sample]
+        if self.layers is None:
+            steps = 1 if self.sequence in ("none", "own") else self.T
+            return (math.prod(at_once) // steps * self.input_taps,)
+        if len(at_once) not in (2, 3):
+            raise SettingsError(
+                f"layers={self.layers} takes images, and a step of {self.dataset} has {at_once or 'one value'}; give "
+                "`hidden_dim` in place of `layers`"
+            )
+        *channels, rows, columns = at_once
+        shape = math.prod(channels) * self.input_taps, rows, columns
+        try:
+            placed(self.layer_forms(1), shape)
+        except ValueError as error:
+            raise SettingsError(f"layers={self.layers} of {self.dataset}: {error}; leave out a pool") from None
+        return shape
 
     @property
     def stem(self) -> str:

@@ -14,8 +14,10 @@ from g2g_kernels import BlockMask, select_device
 from g2g_kernels.choices import check_choice
 from g2g_kernels.dispatch import require_backend
 from g2gnet.encoding import CONTENT, SampleForm
+from g2gnet.images import Shape
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
+from g2gnet.notation import placed
 from g2gnet.training.checkpoints import CheckpointError, read_checkpoint
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
@@ -85,11 +87,24 @@ class SavedRun:
     @_as_trained()
     def initial_network(self, backend: str | None = None) -> G2GNet:
         """The network before the first step, on the CPU."""
-        shapes = [mask.shape for name, mask in self.masks().items() if name.startswith("fc")]
-        *found, num_classes = [outputs for outputs, _ in shapes]
-        if tuple(found) != self.settings.hidden_sizes:  # the settings alone could require any amount of memory
-            raise ValueError(f"hidden_dim is {self.settings.hidden_dim}, the network has {', '.join(map(str, found))}")
-        return build_network(self.settings, shapes[0][1], num_classes, backend)
+        masks = {name: mask for name, mask in self.masks().items() if name.startswith(("fc", "conv"))}
+        *_, num_classes = [mask.shape[0] for mask in masks.values()]
+        forms, found = self.settings.layer_forms(num_classes), []
+        for name, mask in masks.items():
+            *_, side = self.state[f"{name}.values"].shape
+            found.append((mask.shape[0], side if name.startswith("conv") else None))
+        # the settings alone could require any amount of memory
+        if found != [(form.size, form.kernel) for form in forms]:
+            sizes = ", ".join(f"{size}" if side is None else f"{size}C{side}" for size, side in found[:-1])
+            which = "hidden_dim" if self.settings.layers is None else "layers"
+            raise ValueError(f"{which} is {getattr(self.settings, which)}, the network has {sizes}")
+        inputs: int | Shape = next(iter(masks.values())).shape[1]
+        if self.settings.layers is not None:
+            inputs = self.settings.input_shape(self.samples.shape if self.samples else ())
+            weights = [each.weight for each in placed(forms, inputs)]
+            if weights != [mask.shape for mask in masks.values()]:
+                raise ValueError(f"samples of {self.samples} do not fit layers={self.settings.layers}")
+        return build_network(self.settings, inputs, num_classes, backend)
 
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
         """The saved network: after the last finished epoch, or after ``step`` of an interrupted one."""

@@ -15,6 +15,7 @@ from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_eras
 from g2gnet.dst.gradual_pruning import mean_density
 from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.encoding import SampleForm
+from g2gnet.images import Shape
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import NetworkSettings, SettingsError
 from g2gnet.neurons import AdLIF
@@ -96,11 +97,11 @@ class Trainer(EpochTrainer):
             raise SettingsError(f"batch_size={settings.batch_size} {leaves}, {fewer}")
         check_images(settings, data)
         order = None if settings.sequence == "none" else order_of(settings, data)
-        input_dim = data.input_dim if order is None else order.shape[1] * settings.input_taps
+        input_shape = settings.input_shape(data.train_images.shape[1:])
         in_step = min(count, settings.batch_size)
-        check_memory(settings, input_dim, data.num_classes, -(-in_step // world.size), device)
+        check_memory(settings, input_shape, data.num_classes, -(-in_step // world.size), device)
         self._machine = machine
-        self._sizes = input_dim, data.num_classes
+        self._sizes = input_shape, data.num_classes
         self.net = self._build_network(*self._sizes)
         if settings.start is not None:
             self._start_from(Path(settings.start))
@@ -118,7 +119,7 @@ class Trainer(EpochTrainer):
         if settings.average is not None:
             self.tested = copy.deepcopy(self.net).requires_grad_(False).eval()
             tie_wiring(self.net, self.tested)
-        self._neurons = [connection.out_features for connection, _ in self.net.layers()]
+        self._neurons = [*self.net.sizes[:-1]]
         self._initial_units = self._units()
         self.optimizer = self._make_optimizer()
         self.dst: DSTScheduler | None = None
@@ -177,8 +178,8 @@ class Trainer(EpochTrainer):
             check_form("dst", state["dst"], {"pruned": 0, "grown": 0}, low=0)
             self.dst.load_state_dict(state["dst"])
 
-    def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
-        net = build_network(self.settings, input_dim, num_classes, self._machine.backend)
+    def _build_network(self, input_shape: Shape, num_classes: int) -> G2GNet:
+        net = build_network(self.settings, input_shape, num_classes, self._machine.backend)
         net.trained_on = SampleForm.of(self.data.train_images)
         return net
 
@@ -373,7 +374,8 @@ class Trainer(EpochTrainer):
         return net.to(self.device)
 
     def _evaluate(self, net: G2GNet, epoch: int, part: str) -> Evaluation:
-        layers = [f"fc{number}" for number in range(1, self.net.depth + 1)]
+        # the first connection that leads to each population
+        layers = [*{each.target: each.name for each in self.net.projections()[::-1]}.values()][::-1]
         # correct images, then additions and multiplications of each layer
         sums = torch.zeros(1 + 2 * len(layers), dtype=torch.int64, device=self.device)
         for batch in run_images(net, self.settings, epoch, self.data, part, world=self.world):

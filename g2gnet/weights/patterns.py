@@ -188,9 +188,10 @@ PATTERNS: dict[str, Callable[[float, float, float], Pattern]] = {
     "distance": lambda p_intra, p_inter, density: Distance(density),
     "plane": lambda p_intra, p_inter, density: Plane(density),
 }
-#: the sparse models of a network by name, and all models
+#: the sparse models of a network by name, those with every unit, and all models
 SPARSE = (*GROUPINGS, *PATTERNS)
-MODELS = ("dense", *SPARSE)
+FULL = ("dense", "conv")
+MODELS = (*FULL, *SPARSE)
 
 
 @on_cpu
@@ -298,8 +299,8 @@ def mask_between(
     block_size: int,
     generator: torch.Generator | None,
 ) -> BlockMask:
-    """Draws the units of a pattern (``"dense"``: all units) between existing groups, such as those of a layer for its
-    recurrent connections.
+    """Draws the units of a pattern (of a model in ``FULL`` all units) between existing groups, such as those of a layer
+    for its recurrent connections.
 
     Example:
         >>> groups = GroupLayout(8, 2)
@@ -307,7 +308,7 @@ def mask_between(
         0.5
     """
     layouts = out_layout, in_layout
-    if model == "dense":
+    if model in FULL:
         return BlockMask.full(*layouts, block_size)
     if not isinstance(model, str):
         return pattern_mask(model, *layouts, block_size, generator)

@@ -28,7 +28,7 @@ LAYERS = {
         ("weights",),
         ("layers", "convolution", "neurons", "encoding", "sequences", "data"),
         ("images",),
-        ("graphs", "called_layers", "selections"),
+        ("graphs", "called_layers", "selections", "notation"),
         ("projections",),
         ("spiking_network",),
         ("stack", "network_settings"),

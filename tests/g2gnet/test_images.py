@@ -4,6 +4,7 @@
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from g2gnet import (
     DSTScheduler,
     G2GConv2d,
     G2GLinear,
+    G2GNet,
     Projection,
     SpikingNetwork,
     SpikingStack,
@@ -484,3 +486,40 @@ def test_correlations_are_of_the_pooled_spikes_that_weights_receive():
     optimizer.step()
     scheduler.step()
     assert not torch.equal(net.fc2.mask.flat_unit(), before)
+
+
+@pytest.mark.parametrize("model", ["conv", "random"])
+def test_layers_in_the_notation_of_papers_are_the_stack_written_out(model):
+    """Spikes after each layer, then a pool of them, in plain PyTorch."""
+    options = {"num_groups": 2, "block_size": 1, "p_inter": 0.3, "p_intra": 0.7, "density": "uniform"}
+    given = {} if model == "conv" else options
+    net = G2GNet((2, 10, 9), None, 5, model, T=4, layers="4C3-AP2-6C5-MP2-P2-7", generator=seeded(3), **given)
+    assert {name: layer.mask.shape for name, layer in net.connections().items()} == {
+        "conv1": (4, 2), "conv2": (6, 4), "fc3": (7, 6), "fc4": (5, 7),
+    }  # fmt: skip
+    assert all(layer.mask.is_full for layer in net.connections().values()) == (model == "conv")
+    assert [*net.shapes.values()] == [(2, 10, 9), (4, 10, 9), (6, 5, 4), (7,), (5,)]
+    for module in net.connections().values():
+        exact(module, seeded(4))
+    x = (torch.rand(4, 3, 2, 10, 9, generator=seeded(5)) < 0.4).float()
+    trains = []
+    for name, pools in (("conv1", ()), ("conv2", (F.avg_pool2d,)), ("fc3", 2 * (F.max_pool2d,)), ("fc4", ())):
+        layer: Any = getattr(net, name)
+        source = trains[-1] if trains else x
+        membrane, spikes = 0, []
+        for now in source:
+            for pool in pools:
+                now = pool(now, 2)
+            weight = layer.dense_weight()
+            current = F.conv2d(now, weight, layer.bias, padding=weight.shape[-1] // 2) if weight.dim() == 4 else None
+            current = F.linear(now.flatten(1), weight, layer.bias) if current is None else current
+            membrane = 0.9 * membrane + current - (spikes[-1] if spikes else 0)
+            spikes.append((membrane > 1).float())
+        trains.append(torch.stack(spikes))
+    activity = net.simulate(x)
+    for own, spikes in zip(activity.spikes, trains, strict=True):
+        assert 0 < spikes.mean() < 1
+        assert torch.equal(own.dense(), spikes.flatten(2))
+    assert torch.equal(net(x.flatten(2)), net(x))
+    with pytest.raises(ValueError, match=r"layer 4: images of 1 × 1 are smaller than a pool of \(2, 2\)"):
+        G2GNet((2, 4, 4), None, 5, "conv", layers="4C3-P2-4C3-P2-4C3-P2")

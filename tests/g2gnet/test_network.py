@@ -19,7 +19,7 @@ from g2gnet import G2GNet, SpikingStack, Synaptic
 from g2gnet.encoding import SampleForm
 from g2gnet.interop import to_snntorch
 from g2gnet.network_settings import PARAMETERS, NetworkSettings
-from g2gnet.weights.patterns import MODELS
+from g2gnet.weights.patterns import SPARSE
 
 small_net = functools.partial(networks.small_net, T=12)
 
@@ -76,7 +76,7 @@ def test_a_network_from_settings_is_the_one_of_the_constructor(options):
     assert torch.equal(ours.eval()(samples, seeded(2)), theirs.eval()(samples, seeded(2)))
 
 
-@every_pair(model=MODELS, neuron=("lif", "synaptic"), per_neuron=(False, True))
+@every_pair(model=("dense", *SPARSE), neuron=("lif", "synaptic"), per_neuron=(False, True))
 def test_the_network_equals_snntorchs(model, per_neuron, neuron):
     net = small_net(model, per_neuron=per_neuron, neuron=neuron, backend="torch").double()
     theirs, trains = to_snntorch(net).double(), ([], [], [])

@@ -155,6 +155,10 @@ def test_crafted_checkpoints_are_refused_for_a_reason_within_a_gigabyte(tmp_path
     files.checkpoint.write_bytes(saved(replaced(state, "settings/hidden_dim", 10**9)))
     with pytest.raises(CheckpointError, match="hidden_dim is 1000000000, the network has 64"):
         read_run(files.checkpoint)
+    settings = state["settings"] | {"model": "conv", "hidden_dim": 2048, "layers": "64C999999"}
+    files.checkpoint.write_bytes(saved({**state, "settings": settings}))
+    with pytest.raises(CheckpointError, match="layers is 64C999999, the network has 64, 64"):
+        read_run(files.checkpoint)
 
 
 TRAINER = TrainSettings(

@@ -9,6 +9,7 @@ import torch
 
 from g2gnet.base.tables import estimate
 from g2gnet.data import DATASETS, ImageData
+from g2gnet.dst.gradual_pruning import mean_density, unit_sizes
 from g2gnet.inspect import Batch, NetworkAnalysis, analyze_network, figures, groups_table, headline, layers_table
 from g2gnet.network import G2GNet
 from g2gnet.programs.report.page import contents, details, heading, page, paragraph, picture, table
@@ -16,7 +17,7 @@ from g2gnet.stack import is_plain
 from g2gnet.training import SavedRun
 from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of
-from g2gnet.weights.patterns import GROUPINGS
+from g2gnet.weights.patterns import FULL, GROUPINGS
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def _run(each: Inspected, alone: bool) -> list[str]:
         ),
         heading(3, "Connectivity"),
     ]
-    if not is_plain(each.net):
+    if not is_plain(each.net) and run.settings.layers is None:
         caption = (
             "Populations and their numbers of neurons. Each arrow shows the share of weights that exist and the delay. "
             "Connections on a cycle are orange."
@@ -167,8 +168,9 @@ def _states(each: Inspected, changes: bool) -> dict[str, G2GNet]:
 def _connections(each: Inspected) -> list[str]:
     run, net = each.run, each.net
     pruned = run.settings.final_density is not None
-    if run.settings.model == "dense" and not pruned:
-        return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]
+    if run.settings.model in FULL and not pruned:
+        what = "neuron" if run.settings.layers is None else "channel"
+        return [paragraph(f"Every {what} is connected to every {what} of the next layer: there are no groups to draw.")]
     nets = _states(each, changes=run.settings.sparsity_mode == "dynamic")
     note = f"The run started from {run.settings.start}." if run.settings.start else "The mask never changes."
     if len(nets) > 1:
@@ -181,7 +183,8 @@ def _connections(each: Inspected) -> list[str]:
     inputs, whole = "features" if run.settings.use_resnet else "pixels", "whole input"
     if run.settings.sequence != "none":
         inputs, whole = "inputs", "input of one time step"
-    of_density = f"Share of the weights from each input group (column) to each output group (row) that exist. {note}"
+    share = "Share of the weights" if run.settings.layers is None else "Share of the kernels, or weights,"
+    of_density = f"{share} from each input group (column) to each output group (row) that exist. {note}"
     of_fc1 = f"Each map is the {whole} and shows which of its {inputs} the neurons of one hidden group see."
     of_fc2 = "The same for the second layer; the hidden-1 neurons are laid out row by row."
     if run.settings.model in GROUPINGS:
@@ -190,9 +193,11 @@ def _connections(each: Inspected) -> list[str]:
         of_fc2 += f" Index shows bands, Mixer (whose fc2 is interleaved) one neuron in {run.settings.num_groups}, "
         of_fc2 += "Random a scatter."
     parts = [picture(figures.connection_density(masks), of_density)]
-    for layer, name, what, caption in ((net.fc1, "fc1", inputs, of_fc1), (net.fc2, "fc2", "hidden-1 neurons", of_fc2)):
-        shape = figures.input_shape(layer.in_features)
-        parts.append(picture(figures.group_inputs(layer.mask, shape, name, what), caption))
+    for name, what, caption in (("fc1", inputs, of_fc1), ("fc2", "hidden-1 neurons", of_fc2)):
+        if run.settings.layers is None:
+            layer = getattr(net, name)
+            shape = figures.input_shape(layer.in_features)
+            parts.append(picture(figures.group_inputs(layer.mask, shape, name, what), caption))
     if run.settings.sparsity_mode == "dynamic":
         caption = (
             "Left: the share of a layer's units that existed before an epoch but not after it. Right: the share of the "
@@ -256,9 +261,8 @@ def _results(each: Inspected) -> dict[str, str]:
         record = best_of(history)
         best = f"{_percent(record['val_acc'])} held out"
         best += f", {_percent(tested['best']['test_acc'])} test" if tested else ""
-    masks = [connection.mask for connection in net.connections().values()]
-    weights = sum(mask.num_weights for mask in masks)
-    possible = sum(mask.shape[0] * mask.shape[1] for mask in masks)
+    layers = [*net.connections().values()]
+    weights = sum(int(unit_sizes(layer).sum()) for layer in layers)
     return {
         "epochs": str(each.run.epoch) + ", interrupted" * each.run.interrupted,
         "test accuracy": _percent(each.run.result["test_acc"]) if "test_acc" in each.run.result else "not tested yet",
@@ -266,7 +270,7 @@ def _results(each: Inspected) -> dict[str, str]:
         "training accuracy": _percent(history[-1]["train_acc"]),
         "training loss": f"{history[-1]['train_loss']:.4f}",
         "weights": f"{weights:,}",
-        "density": f"{weights / possible:.1%}".replace("%", " %"),
+        "density": f"{mean_density(layers):.1%}".replace("%", " %"),
         "firing rate": f"{each.analysis.firing_rate:.3f}",
         "synaptic operations per image": f"{round(each.analysis.synaptic_operations):,}",
         "seconds": f"{sum(record['seconds'] for record in history):.0f}",

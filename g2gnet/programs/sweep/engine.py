@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -75,7 +76,8 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
         return None
     saved = read_run(run.files.checkpoint)
     seconds = {f"train_{name}": sum(record[name] for record in saved.history) for name in ("seconds", "cpu_seconds")}
-    weights = sum(mask.num_weights for mask in saved.masks().values())
+    kernels = {name: math.prod(saved.state[f"{name}.values"].shape[3:]) for name in saved.masks()}
+    weights = sum(mask.num_weights * kernels[name] for name, mask in saved.masks().items())
     return {**last, **seconds, "weights": weights, **more(saved)}
 
 

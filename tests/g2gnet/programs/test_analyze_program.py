@@ -77,7 +77,8 @@ def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, caps
     (row,) = [line.split() for line in of_run.splitlines() if line.startswith("lif2")]
     found = again["layers"]["lif2"]
     operations = f"{round(found['accumulates'] + found['multiplies']):,}"
-    assert row == ["lif2", "64", f"{found['firing_rate']:#.3g}", f"{100 * found['silent']:.1f}", "%", operations]
+    rate, silent = f"{found['firing_rate']:#.3g}", f"{100 * found['silent']:.1f}"
+    assert row == ["lif2", str(found["neurons"]), rate, silent, "%", operations]
     assert "neurons  spikes per neuron and step  neurons that never fired  synaptic operations per image\n" in of_run
     assert all(f"{name} group" in printed for name in again["layers"])
     assert ("quantities between groups" in printed) == ("dense" in flags)

@@ -149,13 +149,20 @@ def test_a_network_larger_than_memory_is_refused_with_what_it_takes(tmp_path, ca
         assert re.search(r"training takes at least [\d,.]+ GB of memory with hidden_dim=.* 16\.0 GB", printed)
 
 
-@pytest.mark.parametrize("model", ["dense", "index"])
-def test_the_least_memory_is_that_of_the_tensors_it_counts(model):
+@pytest.mark.parametrize(
+    "options",
+    [{"model": "dense", "hidden_dim": 256}, {"model": "index", "hidden_dim": 256}, {"layers": "128C5-P2-256C5-P2"}],
+)
+def test_the_least_memory_is_that_of_the_tensors_it_counts(options):
     """A bound from below, and no worse than a third of what the tensors of a trained network take."""
-    settings = TrainSettings(model=model, hidden_dim=256, block_size=16, T=4, batch_size=32)
-    net, least = build_network(settings, 20, 10), least_bytes(settings, 20, 10, 32)
+    inputs, sizes = 20, (256, 256, 10)
+    if "layers" in options:
+        inputs, sizes = (2, 8, 8), (128 * 64, 256 * 16, 10)
+    settings = TrainSettings(**{"model": "conv", "block_size": 16, "T": 4} | options)
+    net, least = build_network(settings, inputs, 10), least_bytes(settings, inputs, 10, 32)
+    assert net.sizes[:-1] == sizes
     weights = 4 * 4 * sum(parameter.numel() for parameter in net.parameters())
-    bits_and_states = 32 * 4 * ((256 + 256 + 64) // 8 + 4 * (256 + 10))
+    bits_and_states = 32 * 4 * (sum(-(-size // 64) * 8 for size in sizes) + 4 * sum(sizes[1:]))
     assert weights * 0.85 <= least <= (weights + bits_and_states) * 1.05
 
 

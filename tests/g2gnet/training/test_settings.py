@@ -23,6 +23,7 @@ def test_the_defaults():
 RESNET = {"dataset": "cifar10", "use_resnet": True}
 MANY = 10**26
 OWN = {"sequence": "own", "dataset": "mine-0123abcd"}
+IMAGES = {"model": "conv", "layers": "8C3-P2"}
 DYNAMIC = {"model": "index", "sparsity_mode": "dynamic"}
 
 
@@ -120,6 +121,18 @@ def test_a_number_outside_of_its_range_is_named(interval, name):
         ({"dataset": "shd", "bins": 7, "unit_shift": 7}, r"a step of shd is of shape \[7\]; lower it, or leave it out"),
         ({"unit_shift": 3}, "unit_shift=3 has no effect with sequence=none; give `sequence=own`"),
         ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give `model=index"),
+        ({"model": "conv"}, "model=conv needs `layers`; give 32C3 .32 channels, .* joined as 32C3-64C3-P2-128C3-P2"),
+        (IMAGES | {"layers": "8C3-P2-X"}, "^'X' in layers=8C3-P2-X is no layer; give 32C3 .* as 32C3-64C3-P2-128C3-P2"),
+        (IMAGES | {"layers": "8C4"}, "8C4 in layers=8C4 has an even kernel, .* the size; give an odd one"),
+        (IMAGES | {"layers": "8C3-0C3"}, "layers=8C3-0C3: a number in 0C3=0 must be a whole number from 1"),
+        (IMAGES | {"layers": "32-8C3"}, "8C3 in layers=32-8C3 needs images, but stands behind 32 neurons"),
+        (IMAGES | {"layers": "P2-AP2"}, "layers=P2-AP2 has pools alone; give 32C3"),
+        (IMAGES | {"model": "dense"}, "layers=8C3-P2 needs a model of channels; give `model=conv`, or a sparse model"),
+        (IMAGES | {"hidden_dim": 64}, "hidden_dim=64 is of networks without images, not of layers=8C3-P2; leave one"),
+        (IMAGES | {"recurrent": True, "quantize": 8}, r"^recurrent=True is of .*\nquantize=8 is of networks without"),
+        (IMAGES | {"sequence": "rows"}, "sequence=rows gives no images, which layers=8C3-P2 takes; leave one of them"),
+        (RESNET | IMAGES, "layers=8C3-P2 needs images, but use_resnet trains on features; leave one of them out"),
+        (DYNAMIC | {"layers": "8C3-P2"}, "cg=hebb: correlations are of neurons, .* give `cg=random` or `cg=gradient`"),
         ({"dst_schedule": "cosine", "model": "index"}, "dst_schedule=cosine has no effect with sparsity_mode=static"),
         (DYNAMIC | {"dst_fraction": 1e-310}, "dst_fraction=1e-310 replaces nothing"),
         (DYNAMIC | {"p_inter": 1.0}, "nothing to grow at p_inter=1"),

@@ -20,7 +20,7 @@ from g2gnet.programs.flags import METAVARS, FlagError, Parser, add_json_flag, fi
 from g2gnet.programs.main import run_program
 from g2gnet.programs.output import STDOUT, write_output
 from g2gnet.training import TrainSettings
-from g2gnet.weights.patterns import MODELS
+from g2gnet.weights.patterns import SPARSE
 
 from . import records, report
 from .machine import describe, pytorch_threads
@@ -133,7 +133,7 @@ def add_sizes(parser: Parser) -> None:
         group.add_argument(
             f"--{name}", type=kind, metavar=METAVARS[kind], help=f"{texts[name]} (default: {default[name]})"
         )
-    group.add_argument("--model", choices=MODELS, help=f"network (default: {default['model']})")
+    group.add_argument("--model", choices=("dense", *SPARSE), help=f"network (default: {default['model']})")
 
 
 def add_flags(parser: Parser) -> None:

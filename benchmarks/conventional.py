@@ -58,7 +58,7 @@ class ReLUNet(G2GNet):
             if of_layer is not None:
                 x = x.masked_fill(of_layer, 0) * self._scale
             rates.append((x > 0).float().mean(0))
-        images = len(self.input_shape) == 3
+        images = len(self.shapes["input"]) == 3
         return Activity(logits, tuple(rates), (), _EveryWeight(self) if images else _Synapses(inputs, layers))
 
     def _product(self, number: int, layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:

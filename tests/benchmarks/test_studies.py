@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import seeded
 from scipy import stats
+from torch.nn import functional as F
 from training_runs import assert_equal
 
 from benchmarks import conventional, records, study, study_tables
@@ -167,6 +168,19 @@ def test_a_conventional_network_is_a_perceptron_with_the_masks():
             assert (activity.rates[number] - rate).abs().max() < 1 / 39  # one sample at zero may be on either side
         torch.testing.assert_close(activity.output.double(), logits, rtol=1e-5, atol=1e-5)
     assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
+
+
+def test_a_conventional_network_of_images_pools_what_relu_gives():
+    options = {"layers": "4C3-P2-6C3-AP2", "p_intra": 0.5, "num_groups": 1, "block_size": 1}
+    net = conventional.ReLUNet((1, 8, 8), None, 5, "regular", generator=seeded(0), **options)
+    x = torch.rand(20, 64)
+    (first, second, last) = [(each.dense_weight().double(), each.bias.double()) for each, _ in net.layers()]
+    pooled = F.max_pool2d(F.conv2d(x.view(20, 1, 8, 8).double(), *first, padding=1).relu(), 2)
+    pooled = F.avg_pool2d(F.conv2d(pooled, *second, padding=1).relu(), 2)
+    activity = net.simulate(x)
+    torch.testing.assert_close(activity.output.double(), F.linear(pooled.flatten(1), *last), rtol=1e-5, atol=1e-6)
+    counts = [int((weight != 0).sum()) for weight, _ in (first, second, last)]
+    assert [each.multiplies for each in activity.synaptic_operations()] == [64 * counts[0], 16 * counts[1], counts[2]]
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):

@@ -5,6 +5,8 @@ files are those of github.com/philshiu/Drosophila_brain_model; reading and writi
 """
 
 import argparse
+import pathlib
+import signal
 
 import pandas
 import torch
@@ -44,17 +46,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("files", nargs=2, help="completeness (CSV) and connectivity (Parquet)")
     for flag, required in (("--excite", True), ("--silence", False)):
         parser.add_argument(flag, type=int, nargs="+", default=[], required=required, help="FlyWire IDs")
-    parser.add_argument("--trials", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--out", default="spikes.parquet")
+    for flag, default in (("--trials", 30), ("--seconds", 1.0), ("--out", "spikes.parquet")):
+        parser.add_argument(flag, type=type(default), default=default)
     args = parser.parse_args(arguments)
-    ids = pandas.read_csv(args.files[0], index_col=0).index
-    number = pandas.Series(range(len(ids)), ids)  # of the FlyWire ID of a neuron
-    net = fly(len(ids), pandas.read_parquet(args.files[1], columns=COLUMNS), number[args.excite].tolist())
+    if args.trials < 1 or not 1e-4 <= args.seconds <= 1e4 or not pathlib.Path(args.out).absolute().parent.is_dir():
+        parser.error("--trials must be 1 or more, --seconds from 0.0001 to 10000, --out a file in an existing folder")
+    if missing := [name for name in args.files if not pathlib.Path(name).is_file()]:
+        parser.error(f"{missing[0]} is no file; the model's repository has it")
+    try:
+        ids = pandas.read_csv(args.files[0], index_col=0).index
+        number = pandas.Series(range(len(ids)), ids)  # of the FlyWire ID of a neuron
+        if unknown := {*args.excite, *args.silence}.difference(ids):
+            parser.error(f"{args.files[0]} has no neuron {min(unknown)}")
+        net = fly(len(ids), pandas.read_parquet(args.files[1], columns=COLUMNS), number[args.excite].tolist())
+    except (OSError, ValueError, ImportError) as error:  # those of pandas, and of edges that are none
+        parser.error(f"no network of {' and '.join(args.files)}: {str(error).splitlines()[0]}")
     spikes = spikes_of(net, round(args.seconds * 1000 / DT), args.trials, number[args.silence].tolist())
     spikes.assign(flywire_id=ids[spikes.pop("neuron")]).to_parquet(args.out)
     print((pandas.read_parquet(args.out).flywire_id.value_counts() / (args.trials * args.seconds)).head(10))  # Hz
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C shows no traceback
     main()

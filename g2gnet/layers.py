@@ -243,9 +243,11 @@ class G2GLinear(SparseLayer):
         (height, width), units_in_row = grid.unit_shape, grid.grid[1]
         size = height * width
         row, col = (torch.from_numpy(np.require(each, np.int64, ("C", "W"))) for each in (post, pre))
-        row, col = grid.rows.place_of[row], grid.cols.place_of[col]
+        row, col = (
+            each if side.in_order else side.place_of[each] for side, each in ((grid.rows, row), (grid.cols, col))
+        )
         # the places of all weights that the grid has room for, unit after unit
-        place = row * units_in_row + col
+        place = (row * units_in_row).add_(col)
         if size > 1:
             place = (row // height * units_in_row + col // width) * size + row % height * width + col % width
         place, order = place.sort(stable=True)
@@ -255,7 +257,7 @@ class G2GLinear(SparseLayer):
         torch.ne(place[1:], place[:-1], out=first[1:])
         if not first.all():
             place, numbers = place[first], np.add.reduceat(numbers, first.nonzero().flatten().numpy())
-        if not (np.abs(numbers) <= FLOAT32[1]).all():
+        if len(numbers) and not (numbers.min() >= -FLOAT32[1] and numbers.max() <= FLOAT32[1]):
             raise ValueError("matrix has weights that are not finite, or that a float32 does not hold")
         units: torch.Tensor = place
         at: Any = slice(None)

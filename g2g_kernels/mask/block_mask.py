@@ -151,9 +151,10 @@ class BlockMask(UnitGrid):
         mask._set_units(unit_row, unit_col)
         return mask
 
-    def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
-        super()._register_units(unit_row, unit_col)
+    def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> bool:
+        in_order = super()._register_units(unit_row, unit_col)
         self._publish()
+        return in_order
 
     def relabel_(self, slots: torch.Tensor, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         """Gives ``slots`` (integer [k]) to these units, in place. The caller ensures that no unit is named twice."""

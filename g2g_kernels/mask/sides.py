@@ -105,26 +105,23 @@ class UnitAxis(Indices):
         super().__init__()
         self.layout = layout
         self.size = layout.size
-        lengths: list[int] = []
-        groups: list[int] = []
-        for group, group_size in enumerate(layout.sizes.tolist()):
-            pieces = -(-group_size // block_size)
-            length, longer = divmod(group_size, pieces)
-            lengths += [length + 1] * longer + [length] * (pieces - longer)
-            groups += [group] * pieces
-        self.num_units = len(lengths)
-        self.width = max(lengths)
+        sizes = layout.sizes
+        pieces = (sizes + block_size - 1) // block_size
+        group = torch.repeat_interleave(torch.arange(len(sizes)), pieces)
+        place_in_group = torch.arange(len(group)) - (pieces.cumsum(0) - pieces)[group]
+        length = (sizes // pieces)[group] + (place_in_group < (sizes % pieces)[group])
+        self.num_units = len(length)
+        self.width = int(length.max())
         #: whether place p holds neuron p, since every range is full and neurons stand in group order
-        self.in_order = min(lengths) == self.width and layout.kind == "index"
+        self.in_order = int(length.min()) == self.width and layout.kind == "index"
 
         order = torch.argsort(layout.group_of, stable=True)
-        length = torch.tensor(lengths)
         bounds = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
         unit_of_place = torch.repeat_interleave(torch.arange(self.num_units), length)
         padded_place = unit_of_place * self.width + torch.arange(self.size) - bounds[unit_of_place]
         self.order = order
         self.bounds = bounds.to(torch.int32)
-        self.group_of_unit = torch.tensor(groups)
+        self.group_of_unit = group
         self.neuron_at = torch.full((self.num_units * self.width,), self.size)
         self.neuron_at[padded_place] = order
         self.place_of = torch.empty(self.size, dtype=torch.int64)

@@ -79,12 +79,13 @@ class UnitGrid(Indices):
         for name, coordinate, limit in (("unit_row", unit_row, grid[0]), ("unit_col", unit_col, grid[1])):
             if coordinate.numel() and (coordinate.min() < 0 or coordinate.max() >= limit):
                 raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")
-        self._register_units(unit_row, unit_col)
-        in_order = self.sorted_units()
-        if (in_order[1:] == in_order[:-1]).any():
-            raise ValueError("the mask names a unit twice")
+        if not self._register_units(unit_row, unit_col):
+            in_order = self.sorted_units()
+            if (in_order[1:] == in_order[:-1]).any():
+                raise ValueError("the mask names a unit twice")
 
-    def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
+    def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> bool:
+        """Stores coordinates and builds both indices; whether the units' numbers ascend, as those of most new masks."""
         self.shape = self.rows.size, self.cols.size  #: (out, in) of the weight matrix
         self.grid = self.rows.num_units, self.cols.num_units  #: (block rows, block columns) of the unit grid
         self.unit_shape = self.rows.width, self.cols.width  #: of a packed tile, the sides of the largest unit
@@ -93,24 +94,28 @@ class UnitGrid(Indices):
         self.row_ptr, self.col_ptr = (unit_row.new_zeros(n + 1, dtype=torch.int32) for n in self.grid)
         self.row_slot, self.col_slot = (torch.zeros_like(self.unit_row) for _ in range(2))
         key = self.flat_unit()
-        self._build_index(in_order=bool((key[1:] > key[:-1]).all()))  # as those of most new masks
+        in_order = bool((key[1:] > key[:-1]).all())
+        self._build_index(in_order)
+        return in_order
 
     def _build_index(self, in_order: bool = False) -> None:
         """Sorts the slots by (row, column), unless they are ``in_order``, and by (column, row), into the existing
         buffers."""
-        key = self.flat_unit()
+        rows, cols, device = self.unit_row, self.unit_col, self.unit_row.device
         if in_order:
-            by_row = torch.arange(len(key), device=key.device)
+            by_row = torch.arange(len(rows), dtype=torch.int32, device=device)
         else:
+            key = self.flat_unit()
             by_row = torch.argsort(key.int() if self.grid[0] * self.grid[1] <= INT32[1] else key, stable=True)
+            rows, cols = rows[by_row], cols[by_row]
         # a stable order by column of what is in the order of rows
-        by_col = by_row[torch.argsort(self.unit_col[by_row], stable=True)]
+        cols, by_col = torch.sort(cols, stable=True)
         for major, ptr, slot, order in (
-            (self.unit_row, self.row_ptr, self.row_slot, by_row),
-            (self.unit_col, self.col_ptr, self.col_slot, by_col),
+            (rows, self.row_ptr, self.row_slot, by_row),
+            (cols, self.col_ptr, self.col_slot, by_col if in_order else by_row[by_col]),
         ):
             slot.copy_(order)
-            ptr.copy_(torch.searchsorted(major[order], torch.arange(len(ptr), device=key.device, dtype=torch.int32)))
+            ptr.copy_(torch.searchsorted(major, torch.arange(len(ptr), device=device, dtype=torch.int32)))
 
     @property
     def num_units(self) -> int:
@@ -186,7 +191,7 @@ class UnitGrid(Indices):
 
     def flat_unit(self) -> torch.Tensor:
         """int64 [num_units], the number of each slot's unit, counted row by row."""
-        return self.unit_row.long() * self.grid[1] + self.unit_col.long()
+        return self.unit_row.long().mul_(self.grid[1]).add_(self.unit_col.long())
 
     def sorted_units(self) -> torch.Tensor:
         """The same numbers in ascending order, that of ``row_slot``."""

@@ -21,12 +21,13 @@ def encode(units: UnitGrid) -> torch.Tensor:
         axis.group_of_unit[axis.unit_of.clamp(0, axis.num_units - 1)] for axis in (units.rows, units.cols)
     )
     sizes = out_group_of.new_tensor([len(out_group_of), len(in_group_of), units.block_size])
-    return with_checksums(torch.cat([sizes, out_group_of, in_group_of, units.unit_row.long(), units.unit_col.long()]))
+    few = [each.to(torch.int32) for each in (sizes, out_group_of, in_group_of)]
+    return with_checksums(torch.cat([*few, units.unit_row, units.unit_col]))
 
 
 def with_checksums(numbers: torch.Tensor) -> torch.Tensor:
     """The row of these numbers, unchecked."""
-    return torch.cat([numbers, _checksums(numbers)]).to(torch.float32)
+    return torch.cat([numbers.to(torch.float32), _checksums(numbers).to(torch.float32)])
 
 
 def decode(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
@@ -60,10 +61,9 @@ def decode(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
 
 def _checksums(numbers: torch.Tensor) -> torch.Tensor:
     """int64 [2], checksums below 2¹² of whole numbers; those of an average are not the average of two."""
-    of_places = (torch.arange(1, 10008, device=numbers.device) * 7919 % 10007 + 1).repeat(
-        min(32, len(numbers) // 10007 + 1)
-    )
-    total = numbers.new_zeros(())
+    of_places = (torch.arange(1, 10008, device=numbers.device) * 7919 % 10007 + 1).repeat(2)
+    total = of_places.new_zeros(())
     for part in numbers.split(len(of_places)):  # which stay in cache
-        total += (part + 1).mul_(of_places[: len(part)]).remainder_(65521).square_().sum()
+        part = part.to(torch.int64, copy=True)
+        total += part.add_(1).mul_(of_places[: len(part)]).remainder_(65521).square_().sum()
     return torch.stack([total % 4096, total // 4096 % 4096])

@@ -100,7 +100,7 @@ def test_the_page_on_connectomes_trains_the_worm():
     assert run_blocks(ROOT / "docs" / "connectome.md")["after"] > 0.95
 
 
-def test_trials_of_the_fly_have_the_spikes_of_a_float64_loop(tmp_path, monkeypatch):
+def test_trials_of_the_fly_have_the_spikes_of_a_float64_loop(tmp_path, monkeypatch, capsys):
     """The files have the columns and types of the published ones."""
     monkeypatch.chdir(tmp_path)
     draw, count = np.random.default_rng(0), 150
@@ -143,6 +143,15 @@ def test_trials_of_the_fly_have_the_spikes_of_a_float64_loop(tmp_path, monkeypat
     np.testing.assert_array_equal(found.trial, trial)
     np.testing.assert_array_equal(found.flywire_id, ids[neuron])
     np.testing.assert_allclose(found.t, step * 1e-4)
+    for wrong, why in (
+        (["nothing.csv", files[1], *chosen], "nothing.csv is no file"),
+        ([*files[::-1], *chosen], "no network of Connectivity_783.parquet and Completeness_783.csv: "),
+        ([*files, *chosen, "--silence", "7"], "Completeness_783.csv has no neuron 7"),
+        ([*files, *chosen, "--out", "nowhere/spikes.parquet"], "--out a file in an existing folder"),
+    ):
+        with pytest.raises(SystemExit):
+            fly_trials.main(wrong)
+        assert why in capsys.readouterr().err.splitlines()[-1]
 
 
 if __name__ == "__main__":

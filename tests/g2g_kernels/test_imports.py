@@ -127,6 +127,7 @@ import logging, random, signal, sys, warnings
 import numpy, torch, torch.optim.optimizer
 
 SLOW = "torch.utils.flop_counter", "triton", "torch._dynamo", "torch._inductor", "sympy"
+SLOW += "torchvision", "torch.utils.tensorboard", "tensorboard", "sklearn", "scipy", "pandas", "matplotlib", "snntorch"
 
 def state():
     found = {

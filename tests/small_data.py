@@ -205,6 +205,39 @@ def write_gestures(folder, train=4, test=2):
     return told
 
 
+def aedat_packet(kind, entries, overflow=0):
+    """A packet of AEDAT 3.1 with entries (two whole numbers of 32 bits each) of a type."""
+    header = struct.pack("<hhiiiiii", kind, 1, 8, 4, overflow, len(entries), len(entries), len(entries))
+    return header + b"".join(struct.pack("<Ii", data, time) for data, time in entries)
+
+
+def write_trials(folder, train=2, test=1):
+    """A small DVS-Gesture as published, of so many recordings; by recording its events (x, y, polarity, µs), of which
+    each third is said to be invalid, and the rows of its table."""
+    generator, told = np.random.default_rng(0), {}
+    folder.mkdir(parents=True)
+    for part, count in (("train", train), ("test", test)):
+        names = [f"user{number:02}_{part}.aedat" for number in range(count)]
+        (folder / f"trials_to_{part}.txt").write_text("".join(f"{name}\n" for name in names))
+        for name in names:
+            events = np.stack([generator.integers(0, side, 300) for side in (128, 128, 2, 1 << 20)], 1)
+            events[:, 3] = np.sort(events[:, 3]) + (1 << 31) - (1 << 19)  # the clock overflows amid them
+            words = [
+                (x << 17 | y << 2 | p << 1 | (number % 3 > 0), t) for number, (x, y, p, t) in enumerate(events.tolist())
+            ]
+            packets = [aedat_packet(0, [(7, 7)])]  # a special event
+            for late in (0, 1):
+                own = [(word, t - (late << 31)) for word, t in words if t >> 31 == late]
+                packets += [aedat_packet(1, own[first : first + 50], late) for first in range(0, len(own), 50)]
+            text = b"#!AER-DAT3.1\r\n#Format: RAW\r\n#Source 1: DVS128\r\n#!END-HEADER\r\n"
+            (folder / name).write_bytes(text + b"".join(packets))
+            begins = (1 << 31) - (1 << 19) + np.arange(11) * 90_000
+            told[name] = events[np.arange(300) % 3 > 0], np.stack([1 + np.arange(11), begins, begins + 80_000], 1)
+            rows = "".join(f"{label},{begin},{end}\n" for label, begin, end in told[name][1])
+            (folder / f"{name[:-6]}_labels.csv").write_text(f"class,startTime_usec,endTime_usec\n{rows}")
+    return told
+
+
 def write_wav(file, samples, rate=16000):
     file.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(file), "wb") as content:

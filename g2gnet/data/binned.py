@@ -7,6 +7,7 @@ A module reads the files of a data set, all below one directory, with
     COUNTS                  of each data set, how many samples of each part were published
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -105,11 +106,13 @@ class Grid:
 
 class Recordings(NamedTuple):
     """A part of a data set that was found, but not read: its files, labels, int64 [N], and ``samples``, which reads one
-    after another in the shape of a grid: counts, or float16. It raises DataError, which names a damaged file."""
+    after another in the shape of a grid: counts, or float16. It raises DataError, which names a damaged file.
+    ``published`` is how many samples there are in these files, where that is not what ``COUNTS`` says."""
 
     files: Sequence[Path]
     labels: np.ndarray
     samples: Callable[[Grid], Iterator[np.ndarray]]
+    published: int | None = None
 
 
 def load(
@@ -123,11 +126,11 @@ def load(
         raise ValueError("; ".join(problems))
     shape = binning.shape(binning.steps(dt) if steps is None else COUNT.check("steps", steps), bins)
     parts: Mapping[str, Recordings] = module.parts(name, data_dir)
-    for part, (files, labels, _) in parts.items():
+    for part, (files, labels, _, published) in parts.items():
         if labels.min() < 0 or labels.max() >= classes:
             found = f"labels are from {labels.min()} to {labels.max()}, not from 0 to {classes - 1}"
             raise DataError(f"{files[0]}: {found}; download it again")
-        if len(labels) != (published := module.COUNTS[name][part]):
+        if len(labels) != (published := published or module.COUNTS[name][part]):
             text = "%s has %d samples for %s, and %d were published: some may be missing in %s"
             logger.warning(text, name, len(labels), part, published, data_dir)
     files = [file for part in parts.values() for file in part.files]  # identified without reading them:
@@ -151,7 +154,7 @@ def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Gr
         )
     say(f"reading {name}: {' × '.join(map(str, grid.shape))} values in each sample")
     tensors: NamedTensors = {}
-    for part, (_, labels, samples) in parts.items():
+    for part, (_, labels, samples, _) in parts.items():
         images = torch.empty(len(labels), *grid.shape, dtype=dtype)
         bar = tqdm(samples(grid), f"{name} {part}", len(labels), leave=False, disable=not sys.stderr.isatty())
         for number, sample in enumerate(bar):
@@ -179,15 +182,23 @@ def of_files(
 
     def samples(grid: Grid) -> Iterator[np.ndarray]:
         for file in files:
-            try:
+            with reading(file):
                 sample = read(file, grid)
-            except Exception as error:  # NumPy's and SciPy's readers can raise anything at a damaged file
-                raise DataError(
-                    f"{file} is damaged, or not a file of these data ({reason(error)}); unpack or download it again"
-                ) from error
             yield sample
 
     return Recordings(files, np.array([classes.index(name) for name in names], dtype=np.int64), samples)
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turns errors into a DataError that names the file; NumPy's and SciPy's readers can raise anything at a damaged
+    one."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            f"{file} is damaged, or not a file of these data ({reason(error)}); unpack or download it again"
+        ) from error
 
 
 def folder_of(name: str, data_dir: Path, places: Sequence[str], wanted: Sequence[str], remedy: str) -> Path:

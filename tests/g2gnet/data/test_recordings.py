@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import seeded
-from small_data import nmnist_bytes, write_gestures, write_heidelberg, write_nmnist, write_speech, write_wav
+from small_data import (
+    nmnist_bytes,
+    write_gestures,
+    write_heidelberg,
+    write_nmnist,
+    write_speech,
+    write_trials,
+    write_wav,
+)
 from torch.nn import functional as F
 
 from g2gnet.data import DataError, MissingDataError, as_samples, load_dataset, random_unit_shift
@@ -105,6 +113,35 @@ def test_gestures_begin_with_their_first_event(tmp_path, capsys):
         assert torch.equal(part[number].long(), expected)
         late, total = late + len(events) - int(expected.sum()), total + len(events)
     assert f"{late / total:.2%} of the events come after 20 × 50 ms and are left out" in capsys.readouterr().out
+
+
+def test_gestures_as_published_begin_as_their_tables_say(tmp_path):
+    told = write_trials(tmp_path / "DvsGesture")
+    data = load_dataset("dvsgesture", tmp_path, bins=16, dt=10, steps=7)
+    assert data.train_labels.tolist() == 2 * [*range(11)]
+    images = torch.cat([data.train_images, data.test_images])
+    expected = []
+    for events, rows in told.values():
+        for _, begin, end in rows.tolist():
+            inside = [(t - begin, x, y, p) for x, y, p, t in events.tolist() if begin <= t <= end]
+            places = [(t // 10_000, p, y // 8, x // 8) for t, x, y, p in inside if t < 70_000]
+            expected.append(counted((7, 2, 16, 16), places))
+    assert torch.equal(images.long(), torch.stack(expected))
+    first = tmp_path / "DvsGesture/user00_train.aedat"
+    table, whole = first.with_name("user00_train_labels.csv"), first.read_bytes()
+    for file, content, message in (
+        (first, whole[:-1], "its packets do not end with it: one of 50 entries|buffer is smaller"),
+        (first, whole[:61], "it has no event"),
+        (first, b"PK" + whole, "it does not begin as AEDAT 3.1 does"),
+        (first, whole.split(b"\r\n#!END")[0], "it does not begin as AEDAT 3.1 does"),
+        (table, b"class,begin,end\n12,0,5\n", "it has other columns than a class from 1 to 11, begin and end"),
+        (table, b"class,begin,end\n1,0,5\n", "it has no event from 0 to 5 µs, where its table has a gesture"),
+    ):
+        before = file.read_bytes()
+        file.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            load_dataset("dvsgesture", tmp_path, dt=20)
+        file.write_bytes(before)
 
 
 def test_counts_are_kept_in_more_bits_where_they_need_them(tmp_path):

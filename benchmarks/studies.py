@@ -293,6 +293,33 @@ def _images() -> dict[str, str]:
     return spiking | {f"{row}, {RELU}": f"{flags} --name {RELU}" for row, flags in spiking.items()}
 
 
+#: the memory of a network: where a step's input and past go
+MEMORIES = {
+    "adaptive": "--neuron adlif",
+    "both": "--recurrent --neuron adlif",
+    "learned delays": "--recurrent --neuron adlif --delay {late} --learn_delay --delay_width 10 "
+    "--delay_width_schedule cosine",
+    "taps": "--neuron adlif --input_taps {taps}",
+}
+#: what is chosen on held-back images, by as many runs for every row
+CHOICES = crossed(each("beta ", "beta", 0.97, 0.5), each("lr ", "lr", 0.004, 0.016))
+GRU_CHOICES = each("lr ", "lr", 0.002, 0.004, 0.008, 0.016)
+
+
+def _memory() -> dict[str, str]:
+    rows: dict[str, str] = {}
+    few = {name: flags for name, flags in WEIGHTS.items() if name != "dense"}
+    fewer = {"20 %": f"{WEIGHTS['25 %']} {densities(20)['20 %']}"}  # no more parameters than the GRU of H 128 has
+    for name, taps in (("permuted", 64), ("rows", 28)):
+        data = {name: SEQUENCES[name]}
+        memories = {memory: flags.format(late=LATE[name], taps=taps) for memory, flags in MEMORIES.items()}
+        last = {"taps": memories["taps"]}
+        rows |= crossed(data, widths(128, 256), few, memories, CHOICES)
+        rows |= crossed(data, widths(128), fewer, last, CHOICES)
+        rows |= crossed(data, widths(128, 256), {GRU: f"{WEIGHTS['25 %']} --recurrent --name {GRU}"}, GRU_CHOICES)
+    return rows
+
+
 ACCURACY, TRAINED, SILENT = "test accuracy, %", "training accuracy, %", "never fires, % of layers 1 and 2"
 SECONDS, PROCESSOR = "seconds of training", "processor seconds"
 STUDIES = {
@@ -392,6 +419,19 @@ STUDIES = {
         5,
         ("", "weights", ACCURACY, TRAINED),
         default_rows=("permuted, *",),
+    ),
+    "memory": Study(
+        "Does a sparse spiking network remember as much as PyTorch's GRU? The GRU has as many weights as the recurrent "
+        "network of 25 %. Adaptive neurons, recurrent connections, delays learned with a width that falls from 10 to "
+        "1, and tapped delay lines of the inputs. The initial beta and the learning rate are chosen with --validation, "
+        "of four pairs for every row, of four learning rates for the GRU. Only one size is trained unless --rows names "
+        "others.",
+        "an hour, all of it with one seed five",
+        f"{OVER_TIME} --limit_train 20000",
+        _memory(),
+        5,
+        ("", "weights", PROCESSOR, ACCURACY, TRAINED),
+        default_rows=("permuted, H 128, 25 %, *", f"permuted, H 128, {GRU}, *"),
     ),
     "surrogate": Study(
         "Surrogate gradients of the hidden neurons; everything else has its default. The rows of the default size "

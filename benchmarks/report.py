@@ -174,9 +174,10 @@ def memory(record: dict[str, Any]) -> Table:
     return ["memory of a step, GB", *(plain(place["x"]) for place in places)], lines
 
 
-def text(record: dict[str, Any]) -> str:
-    """The tables of a throughput record; then how some contenders differ, and which have no time and why."""
-    tables = (growth(record), memory(record)) if record["quantity"] else (times(record),)
+def text(record: dict[str, Any], columns: Iterable[str] = CELLS) -> str:
+    """The tables of a throughput record, with these columns; then how some contenders differ, and which have no time
+    and why."""
+    tables = (growth(record), memory(record)) if record["quantity"] else (times(record, columns),)
     parts = [in_columns(*table) if table[1] else "no contender has a time" for table in tables]
     differing = {run["contender"]: run["differs"] for run in record["runs"] if run.get("differs")}
     parts += [f"{contender}: {differs}" for contender, differs in differing.items()]

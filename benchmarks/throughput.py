@@ -22,7 +22,7 @@ import torch
 from g2g_kernels import available_backends
 from g2gnet.programs.flags import Parser
 
-from . import cli, records, report
+from . import cli, images, records, report
 from .contender import Contender
 from .correctness import Judge
 from .floor import floor_seconds, work
@@ -68,7 +68,7 @@ QUANTITIES = {
 def add_flags(parser: Parser) -> None:
     if Path(sys.argv[0]).stem == "g2g-bench":
         parser.prog = "g2g-bench"
-    parser.add_argument("--kernel", default="step", choices=tuple(KERNELS), help="what to time (default: step)")
+    parser.add_argument("--kernel", default="step", choices=(*KERNELS, "conv"), help="what to time (default: step)")
     parser.add_argument("--quantity", choices=tuple(QUANTITIES), help="what grows (default: nothing)")
     parser.add_argument("--values", metavar="X,Y,...", help="its values, where they are not those below")
     text = "an earlier record of the same command, to compare each contender's time with"
@@ -231,12 +231,23 @@ PROGRAM = cli.Program(
     throughput, table, {"repeats": (10, "timed turns")}, cli.QUICK, add_flags,
     epilog="\n".join([
         "kernels:", *(f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items()),
+        "  conv          training step of networks of images; --kernel conv --help lists its own flags",
         "quantities:", *(f"  {name:13} {', '.join(map(str, each.values))}" for name, each in QUANTITIES.items()),
         "With a quantity g2g on its best backend takes part, the masked snnTorch loop and the dense layers with",
         "our LIF; for wide layers g2g alone.",
     ]),
 )  # fmt: skip
-main, build_parser = PROGRAM.main, PROGRAM.build_parser
+build_parser = PROGRAM.build_parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program, of networks of images that of :mod:`benchmarks.images`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--kernel")
+    chosen, others = first.parse_known_args(argv)
+    return images.PROGRAM.main(others) if chosen.kernel == "conv" else PROGRAM.main(argv)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,5 +1,6 @@
 """The smaller programs of measurement: what each times, counts and records, and what it refuses."""
 
+import functools
 import importlib.util
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from processes import fork_contenders
 
-from benchmarks import brain, chunks, cpu_choices, delays, first_run, host_time, records, redraw, second
+from benchmarks import brain, chunks, cpu_choices, delays, first_run, host_time, images, records, redraw, second
 from benchmarks.first_run import Stage, stages
 from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 from benchmarks.registry import choose
@@ -156,6 +157,26 @@ def test_a_contender_is_that_of_float64(monkeypatch, name):
     right = brain.CONTENDERS[name]
     monkeypatch.setitem(brain.CONTENDERS, name, wrong)
     assert brain.farthest(name) > brain.CLOSE
+
+
+@pytest.mark.parametrize("label", ["g2g-cpu", "g2g-cpu-triangle", "snntorch"])
+@pytest.mark.parametrize("held", [False, True])
+def test_a_step_of_images_is_compared_with_float64_and_what_is_off_has_no_time(label, held):
+    blocks = images.Block(4, 3, 1, after=held), images.Block(5, 3, before=not held), images.Block(10, before=held)
+    network = images.Network((2, 13, 12), blocks, steps=4, samples=5, held=False, gain=4.0)
+    if held:
+        network = network._replace(shape=(1, 28, 28), held=True)
+    _, turn = images.session(network, label)
+    results = {name: torch.as_tensor(each) for name, each in turn.results().items()}
+    assert all(each.float().mean() > 0 for name, each in results.items() if "spikes" in name)
+    form = images.FORMS[label]
+    judge = images.ImageJudge(images.prepare(network), form.surrogate)
+    verdict = functools.partial(judge.verdict, reset=form.reset, precision=form.precision, masked=True, omits=())
+    assert not verdict(results).objection
+    for name in ("1.weight", "2.bias"):
+        assert verdict({**results, name: results[name] * 1.001}).objection.startswith(f"{name} is off by")
+    others = {**results, "2.spikes": ~results["2.spikes"]}
+    assert "2.spikes is off by" in verdict(others).objection
 
 
 @needs_kernels

@@ -1,0 +1,506 @@
+"""Populations that are images, behind convolutions, on the compiled CPU kernels: operators ``g2g::images_forward`` (with
+its autograd formula) and ``g2g::images_backward``. They run the first populations of a network, as many as are a chain
+of convolutions; what follows is a network of its own, whose inputs are the spikes of the last of these.
+
+Between layers spikes are words, int64 [T, B, pixels, words] with a bit for each channel. What the forward pass keeps is
+of each layer these, behind its windows, too, if there are any, and the membranes of every step, float32
+[T, B, pixels, lanes].
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import Structure
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from g2g_kernels.cpu.interface import structures
+from g2g_kernels.cpu.library import library, pointer, run
+from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.flops import count_flops
+from g2g_kernels.ops.g2g_conv2d import g2g_conv2d
+from g2g_kernels.ops.g2g_conv2d.cpu import refuses_sizes
+from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
+from g2g_kernels.ops.g2g_stack.cpu import refuses_tensors
+from g2g_kernels.ops.g2g_stack.images import Convolution, Images, Pool, Shape, convolved, convolved_shape, pooled_shape
+from g2g_kernels.ops.g2g_stack.population import (
+    Call,
+    Connection,
+    Population,
+    refuses_fields,
+    refuses_kernels,
+    total_steps,
+    unread,
+)
+from g2g_kernels.ops.g2g_stack.reference import functions_of
+from g2g_kernels.ops.neurons import run_neurons
+from g2g_kernels.ops.neurons.cpu import neuron_arguments
+from g2g_kernels.ops.neurons.models import Neurons
+from g2g_kernels.ops.neurons.step import in_steps
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
+from g2g_kernels.tracing import replaced
+
+#: numbers that a pixel's channels take in what passes between layers are a multiple of this
+LANES = 16
+#: bytes of the gradients between two layers, and of the sums of a weight's gradient, that are there at a time; and
+#: samples that are computed together at least
+MOST_BETWEEN, MOST_SUMS, LEAST_TOGETHER = 32 << 20, 64 << 20, 4
+#: fields that these kernels read
+READ = ("neurons", "connections", "state", "kind", "values", "mask", "source", "bias", "images")
+
+
+class ImageLayer(NamedTuple):
+    """A convolution, its neurons, and the windows of which the maxima are sent on.
+
+    Attributes:
+        weight, bias: of the convolution, or None: the current is given.
+        neurons: LIF, with one β and one θ.
+        state: [1, B, N] before the first step, or None.
+        shape: of the neurons.
+        convolution: None where the current is given.
+        pool: of the spikes, over windows side by side; or None.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    neurons: Neurons
+    state: torch.Tensor | None
+    shape: Shape
+    convolution: Convolution | None
+    pool: Pool | None
+
+
+class ImagesCall(NamedTuple):
+    """What the forward pass takes.
+
+    Attributes:
+        x: [T, B, N_in], images of the shape ``source``; or the current of the first layer, [T, B, N], or [B, N], held for
+            ``steps``.
+        source: None where x is the current.
+        layers: each behind the one before.
+        steps: 0 if x is not held.
+    """
+
+    x: torch.Tensor
+    source: Shape | None
+    layers: tuple[ImageLayer, ...]
+    steps: int
+
+    def expected(self) -> Expected:
+        """What the kernels take for granted; ValueError for images that do not fit."""
+        shape, batch = self.source, self.x.shape[-2]
+        first = self.layers[0].shape if shape is None else shape
+        lead = (batch,) if self.steps else (self.x.shape[0], batch)
+        yield "x", self.x, (*lead, math.prod(first)), torch.float32
+        for number, layer in enumerate(self.layers):
+            if (layer.weight is None) != (shape is None) or (number and shape is None):
+                raise ValueError(f"layer {number} needs a weight and images, or the current of its neurons")
+            if layer.weight is not None:
+                assert layer.convolution is not None
+                if convolved_shape(shape, layer.weight.shape, layer.convolution) != layer.shape:
+                    raise ValueError(f"the convolution of layer {number} does not give images of {layer.shape}")
+                yield f"weight {number}", layer.weight, layer.weight.shape, torch.float32
+                yield f"bias {number}", layer.bias, (layer.shape[0],), torch.float32
+            yield f"state {number}", layer.state, (1, batch, math.prod(layer.shape)), torch.float32
+            for each in layer.neurons.parameters:
+                yield f"a parameter of layer {number}", each, (1,), torch.float32
+            shape = sent_shape(layer)
+
+
+TYPES |= {"ImageLayer": ImageLayer, "ImagesCall": ImagesCall}
+
+
+def sent_shape(layer: ImageLayer) -> Shape:
+    """Of what a layer sends on."""
+    return layer.shape if layer.pool is None else pooled_shape(layer.shape, layer.pool)
+
+
+# --- which populations these kernels run ----------------------------------------------------------------------------
+
+
+def side_by_side(pool: Pool) -> bool:
+    """Whether a pool gives the maxima over windows that do not overlap."""
+    return pool.kind == "max" and pool.kernel == pool.stride and pool.padding == (0, 0) and pool.dilation == (1, 1)
+
+
+def _why_not(number: int, population: Population) -> str | None:
+    """Why population ``number`` is none that these kernels run behind the ones before it, or None."""
+    if reason := refuses_fields(unread(READ), [population]):
+        return reason
+    neurons = population.neurons
+    if neurons.model != "lif" or any([each.numel() > 1 for each in neurons.parameters]):
+        return f"population {number} is not LIF with one beta and one threshold"
+    each, *others = population.connections
+    if others or each.source != number - 1 or each.images is None or each.kind != "convolution":
+        return f"population {number} does not receive one convolution of what comes before it, and nothing else"
+    if number and not _is_plain(each.images, each, most=1):
+        return f"the connection to population {number} is not one convolution of one group, behind at most maxima"
+    return None
+
+
+def _is_plain(images: Images, connection: Connection, most: int) -> bool:
+    """Whether a connection is a convolution that the kernels compute themselves, behind ``most`` pools side by side."""
+    convolution, before = images.convolution, images.before
+    assert convolution is not None
+    if images.norm is not None or images.after or convolution.groups > 1 or len(before) > most:
+        return False
+    sizes = convolved(images), connection.values.shape, convolution
+    return all([side_by_side(pool) for pool in before]) and refuses_sizes(*sizes) is None
+
+
+def _length(populations: Sequence[Population]) -> tuple[int, str]:
+    """How many of the first populations these kernels run, and why not more."""
+    length, reason = len(populations), ""
+    for number, population in enumerate(populations):
+        if why := _why_not(number, population):
+            length, reason = number, why
+            break
+    while length:
+        inside = [
+            each
+            for population in populations[length:]
+            for each in population.connections
+            if each.source < length and (each.source != length - 1 or each.delay is not None)
+        ]
+        if not inside:
+            break
+        length -= 1
+        reason = f"what comes behind population {length} also receives what comes before it, or receives it late"
+    return length, reason
+
+
+def refuses(call: Call) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    if reason := refuses_kernels(call, ()) or refuses_tensors(call):
+        return reason
+    if call.truncate is not None or call.before is not None or call.x.numel() == 0:
+        return "takes no truncated run, no inputs before it, and no empty batch"
+    length, reason = _length(call.populations)
+    if length and call.spikes:
+        return "gives spikes over time no gradient"
+    return None if length else reason
+
+
+def g2g_images(call: Call, again: Callable[[Call], Activity]) -> Activity:
+    """Runs the first populations; ``again`` runs those behind them."""
+    length, _ = _length(call.populations)
+    populations, rest = call.populations[:length], list(call.populations[length:])
+    layers = []
+    for number, population in enumerate(populations):
+        each = population.connections[0]
+        shape, pool = _given(each), None
+        if number + 1 < length:
+            pool = next(iter(populations[number + 1].connections[0].images.before), None)
+        elif rest:
+            pool = _shared_pool(rest, number)
+        parameters = tuple([parameter.reshape(-1).contiguous() for parameter in population.neurons.parameters])
+        state = None if population.state is None else population.state.contiguous()
+        neurons = replaced(population.neurons, parameters=parameters)
+        values, bias = each.values.contiguous(), None if each.bias is None else each.bias.contiguous()
+        layers.append(ImageLayer(values, bias, neurons, state, shape, each.images.convolution, pool))
+    first = call.populations[0].connections[0]
+    x, source, steps = call.x, first.images.source, 0
+    if call.steps is not None or not _is_plain(first.images, first, most=0):
+        product = partial(g2g_conv2d, backend=call.backend)
+        (of_first,) = functions_of(call.populations[:1], {"convolution": product}, run_neurons)
+        x, source, steps = of_first.products[0](x), None, call.steps or 0
+        layers[0] = replaced(layers[0], weight=None, bias=None, convolution=None)
+    spikes, rates, last, kept = FORWARD(ImagesCall(x.float().contiguous(), source, tuple(layers), steps))
+    words, trains = iter(kept), []
+    for layer in layers:
+        trains.append(ImageSpikes(next(words), layer.shape))
+        if layer.pool is not None:
+            next(words)
+    found = Activity(spikes.sum(0), (), (), states=())
+    if rest:
+        behind = [_behind(population, length, layers[-1].pool) for population in rest]
+        found = again(replaced(call, x=spikes, populations=tuple(behind), steps=None))
+    assert found.states is not None
+    nothing = (None,) * length
+    return replaced(
+        found,
+        rates=(*rates, *found.rates),
+        spikes=(*trains, *found.spikes),
+        states=(*last, *found.states),
+        membranes=None if found.membranes is None else (*nothing, *found.membranes),
+        sent=(*nothing, *found.sent) if found.sent else (),
+    )
+
+
+def _given(connection: Connection) -> Shape:
+    """The shape of what a convolution gives its neurons."""
+    images: Images = connection.images
+    assert images.convolution is not None
+    shape = convolved_shape(convolved(images), connection.values.shape, images.convolution)
+    for pool in images.after:
+        shape = pooled_shape(shape, pool)
+    return shape
+
+
+def _shared_pool(populations: Sequence[Population], source: int) -> Pool | None:
+    """The pool behind which all that these receive from population ``source`` lies, or None."""
+    firsts = []
+    for population in populations:
+        for each in population.connections:
+            if each.source == source:
+                firsts.append(None if each.images is None or not each.images.before else each.images.before[0])
+    pool = firsts[0] if firsts and all([first == firsts[0] for first in firsts]) else None
+    return pool if pool is not None and side_by_side(pool) else None
+
+
+def _behind(population: Population, length: int, pool: Pool | None) -> Population:
+    """A population whose inputs are what ``length`` ones before it send, behind a pool."""
+    connections = []
+    for each in population.connections:
+        images = each.images
+        if each.source == length - 1 and pool is not None:
+            images = replaced(images, source=pooled_shape(images.source, pool), before=images.before[1:])
+            if each.kind == "linear" and not images.before:
+                images = None
+        connections.append(replaced(each, source=max(each.source - length, -1), images=images))
+    return replaced(population, connections=tuple(connections))
+
+
+class ImageSpikes(Spikes):
+    """Spikes of one population, a bit each."""
+
+    def __init__(self, words: torch.Tensor, shape: Shape) -> None:
+        self._words, self._shape = words, shape
+
+    def dense(self) -> torch.Tensor:
+        """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
+        return unpacked(self._words, self._shape[0])
+
+
+def unpacked(words: torch.Tensor, channels: int) -> torch.Tensor:
+    """Spikes [T, B, N] of words [T, B, pixels, words]."""
+    bits = words.view(torch.uint8).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)
+    return (bits & 1).flatten(3)[..., :channels].mT.flatten(2).float()
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+
+
+class _Sizes(NamedTuple):
+    """Sizes of a layer in a call."""
+
+    layer: ImageLayer
+    source: Shape
+    pixels: int
+    words: int
+    lanes: int
+    in_lanes: int
+    sent: Shape
+
+
+def _lanes(channels: int) -> int:
+    return -(-channels // LANES) * LANES
+
+
+def _sizes(call: ImagesCall) -> Iterator[_Sizes]:
+    shape = call.source
+    for layer in call.layers:
+        channels, rows, columns = layer.shape
+        source = (1, rows, columns) if shape is None else shape
+        sent = sent_shape(layer)
+        yield _Sizes(layer, source, rows * columns, -(-channels // 64), _lanes(channels), _lanes(source[0]), sent)
+        shape = sent
+
+
+def _lead(call: ImagesCall) -> tuple[int, int]:
+    """T and B."""
+    return call.steps or call.x.shape[0], call.x.shape[-2]
+
+
+def _arguments(call: ImagesCall, of: _Sizes, words: Sequence[torch.Tensor], first: bool) -> Structure:
+    """The arguments of a layer: ``words`` are its inputs unless it is the first, its spikes, and these behind windows."""
+    layer = of.layer
+    (steps, batch), (channels, height, width) = _lead(call), of.source
+    out_channels, out_height, out_width = layer.shape
+    convolution = layer.convolution or Convolution((1, 1), (0, 0), (1, 1), 1)
+    kernel = (1, 1) if layer.weight is None else layer.weight.shape[2:]
+    inputs, spikes, pooled = words
+    window = (1, 1) if layer.pool is None else layer.pool.kernel
+    return structures.ImageLayer(
+        convolution=structures.Convolution(
+            x=call.x.data_ptr() if first else None,
+            weight=pointer(layer.weight),
+            bias=pointer(layer.bias),
+            images=steps * batch,
+            channels=channels,
+            out_channels=out_channels,
+            groups=1,
+            threads=torch.get_num_threads(),
+            height=height,
+            width=width,
+            out_height=out_height,
+            out_width=out_width,
+            kernel_rows=kernel[0],
+            kernel_columns=kernel[1],
+            stride_y=convolution.stride[0],
+            stride_x=convolution.stride[1],
+            padding_y=convolution.padding[0],
+            padding_x=convolution.padding[1],
+            dilation_y=convolution.dilation[0],
+            dilation_x=convolution.dilation[1],
+        ),
+        neurons=neuron_arguments(layer.neurons),
+        samples=batch,
+        steps=steps,
+        lanes=of.lanes,
+        in_lanes=of.in_lanes,
+        window_rows=window[0],
+        window_columns=window[1],
+        pooled_rows=of.sent[1],
+        pooled_columns=of.sent[2],
+        inputs=pointer(inputs),
+        current=call.x.data_ptr() if layer.weight is None else None,
+        held=call.steps > 0,
+        spikes=spikes.data_ptr(),
+        pooled=pointer(pooled),
+        state=pointer(layer.state),
+    )
+
+
+def _kept_shapes(call: ImagesCall) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Of the words and of the membranes of the layers."""
+    words: list[tuple[int, ...]] = []
+    states: list[tuple[int, ...]] = []
+    for of in _sizes(call):
+        words.append((*_lead(call), of.pixels, of.words))
+        if of.layer.pool is not None:
+            words.append((*_lead(call), of.sent[1] * of.sent[2], of.words))
+        states.append((*_lead(call), of.pixels, of.lanes))
+    return words, states
+
+
+def _words_of(call: ImagesCall, words: Sequence[torch.Tensor]) -> list[tuple[Any, Any, Any]]:
+    """Of each layer its inputs, its spikes, and these behind windows."""
+    found, given, inputs = [], iter(words), None
+    for layer in call.layers:
+        spikes = next(given)
+        pooled = None if layer.pool is None else next(given)
+        found.append((inputs, spikes, pooled))
+        inputs = spikes if pooled is None else pooled
+    return found
+
+
+_Each = list[torch.Tensor]
+
+
+def _forward(call: ImagesCall, keep: bool) -> tuple[torch.Tensor, _Each, _Each, _Each]:
+    of_words, of_states = _kept_shapes(call)
+    words = workspace.each(of_words, torch.int64)
+    states = workspace.each(of_states) if keep else []
+    (steps, batch), sizes = _lead(call), list(_sizes(call))
+    numbers = [math.prod(layer.shape) for layer in call.layers]
+    rates, last = workspace.each([(n,) for n in numbers]), workspace.each([(1, batch, n) for n in numbers])
+    for number, (of, of_layer) in enumerate(zip(sizes, _words_of(call, words), strict=True)):
+        arguments = _arguments(call, of, of_layer, first=number == 0)
+        arguments.states = states[number].data_ptr() if keep else None
+        arguments.rates, arguments.last = rates[number].data_ptr(), last[number].data_ptr()
+        run(library().g2g_image_layer, arguments)
+    return unpacked(words[-1], sizes[-1].sent[0]), rates, last, [*words, *states]
+
+
+def _shapes(call: ImagesCall, keep: bool) -> list[Output | list[Output]]:
+    words, states = _kept_shapes(call)
+    (steps, batch), (*_, last) = _lead(call), _sizes(call)
+    numbers = [math.prod(layer.shape) for layer in call.layers]
+    kept = [*[Output(shape, torch.int64) for shape in words], *[Output(shape) for shape in states if keep]]
+    spikes = Output((steps, batch, math.prod(last.sent)))
+    return [spikes, [Output((n,)) for n in numbers], [Output((1, batch, n)) for n in numbers], kept]
+
+
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, kept, (grad_spikes, *of_layers), _ = given
+    count, (steps, batch), sizes = len(call.layers), _lead(call), list(_sizes(call))
+    words, states = _words_of(call, kept[:-count]), kept[-count:]
+    grads, to = given.made(workspace.alike)
+    sums = []
+    for layer in to.layers:
+        for each in (layer.weight, layer.bias):
+            if each is not None:
+                each.zero_()
+        sums.append(torch.zeros(2, dtype=torch.float64))
+    together = _together(call, sizes)
+    for first in range(0, batch, together):
+        some = min(together, batch - first)
+        received = workspace.empty((steps, some, math.prod(sizes[-1].sent[1:]), sizes[-1].lanes))
+        channels = sizes[-1].sent[0]
+        if grad_spikes is None:
+            received.zero_()
+        else:
+            received[..., :channels] = grad_spikes[:, first : first + some].unflatten(2, (channels, -1)).mT
+        for number in range(count - 1, -1, -1):
+            of, layer, grad = sizes[number], call.layers[number], to.layers[number]
+            arguments = _arguments(call, of, words[number], first=number == 0)
+            arguments.states, arguments.first, arguments.count = states[number].data_ptr(), first, some
+            arguments.grad_spikes = received.data_ptr()
+            arguments.grad_rates, arguments.grad_last = pointer(of_layers[number]), pointer(of_layers[count + number])
+            arguments.grad_weight, arguments.grad_bias = pointer(grad.weight), pointer(grad.bias)
+            arguments.grad_state = pointer(grad.state)
+            wanted = any([each is not None for each in grad.neurons.parameters])
+            arguments.grad_neurons = sums[number].data_ptr() if wanted else None
+            if number:
+                below = workspace.empty((steps, some, math.prod(of.source[1:]), of.in_lanes))
+                arguments.grad_inputs = below.data_ptr()
+            elif layer.weight is None:
+                arguments.grad_current = pointer(to.x)
+            else:
+                arguments.convolution.grad_x = pointer(to.x)
+            run(library().g2g_image_layer, arguments, backward=True)
+            received = below if number else received
+    for layer, own, (to_beta, to_theta) in zip(call.layers, to.layers, sums, strict=True):
+        beta, (grad_beta, grad_theta) = layer.neurons.parameters[0], own.neurons.parameters
+        if grad_beta is not None:  # nothing where the decay is clamped
+            grad_beta.copy_(to_beta * ((beta > 0) & (beta < 1)))
+        if grad_theta is not None:
+            grad_theta.copy_(to_theta)
+    return grads
+
+
+def _together(call: ImagesCall, sizes: Sequence[_Sizes]) -> int:
+    """Samples whose gradients are computed together. How many does not depend on the threads."""
+    steps, _ = _lead(call)
+    between = max([4 * steps * of.source[1] * of.source[2] * of.in_lanes for of in sizes])
+    sums = max([4 * _lanes(of.layer.weight.numel()) for of in sizes if of.layer.weight is not None], default=1)
+    return max(LEAST_TOGETHER, min(MOST_BETWEEN // between, MOST_SUMS // sums))
+
+
+def _plain(call: ImagesCall) -> list[torch.Tensor]:
+    """Spikes, rates and last states by plain operations."""
+    (steps, batch), x = _lead(call), call.x
+    if call.steps:
+        x = x.expand(steps, *x.shape)
+    rates, last = [], []
+    for of in _sizes(call):
+        layer = of.layer
+        if layer.weight is not None:
+            assert layer.convolution is not None
+            images = x.reshape(-1, *of.source)
+            x = F.conv2d(images, layer.weight, layer.bias, *layer.convolution).reshape(steps, batch, -1)
+        x, state = in_steps(x, layer.neurons, None, layer.state)
+        rates.append(x.mean((0, 1)))
+        last.append(state)
+        if layer.pool is not None:
+            pool = layer.pool
+            images = F.max_pool2d(x.reshape(-1, *layer.shape), pool.kernel, pool.stride, ceil_mode=pool.ceil)
+            x = images.reshape(steps, batch, -1)
+    return [x, *rates, *last]
+
+
+def _flops(call: ImagesCall) -> int:
+    steps, batch = _lead(call)
+    of_frame = sum(
+        [math.prod(layer.shape) * layer.weight[0].numel() for layer in call.layers if layer.weight is not None]
+    )
+    return 2 * steps * batch * of_frame
+
+
+RESULTS = "(Tensor spikes, Tensor[] rates, Tensor[] last, Tensor[] kept)"
+FORWARD = Differentiable("images", RESULTS, 3, _forward, _backward, _shapes, _plain)
+count_flops(FORWARD, _flops)
+count_flops(FORWARD.backward, lambda given: 2 * _flops(given.call))

@@ -47,6 +47,17 @@ struct LayerShape {
         of.last = false;
         return of;
     }
+    // Row y of images [C][H][W], or of others, with 0 behind the last of n channels.
+    void load_row(const Images& of, const float* image, int64_t y, int64_t first, int64_t n, float* out, int64_t stride) const {
+        if (n < stride) zero(out, of.width * stride * sizeof(float));
+        of.load_row(image, y, first, n, 0, of.width, out, stride);
+    }
+    void load_row(const float* image, int64_t y, float* out) const {
+        load_row(first_in_memory(), image, y, 0, outputs.channels, out, lanes);
+    }
+    void store_row(float* image, int64_t y, const float* from, int64_t stride) const {
+        first_in_memory().store_row(image, y, 0, outputs.channels, from, stride);
+    }
     // The channels of word w.
     uint64_t valid(int64_t w) const {
         const int64_t n = outputs.channels - w * kLanes;
@@ -111,7 +122,7 @@ struct ImageForward : LayerShape {
         float* const row = buffers.rows + worker * buffers.of_rows;
         if (!a.state) zero(membrane, (end - begin) * width * lanes * sizeof(float));
         for (int64_t y = begin; a.state && y < end; ++y)
-            first_in_memory().load_row(a.state + b * outputs.floats, y, 0, outputs.channels, 0, width, membrane + (y - begin) * width * lanes, lanes);
+            load_row(a.state + b * outputs.floats, y, membrane + (y - begin) * width * lanes);
         for (int64_t t = 0; t < a.steps; t += buffers.together) {
             const int64_t steps = least(buffers.together, a.steps - t);
             for (int64_t i = 0; i < steps && !a.current; ++i) {
@@ -133,7 +144,7 @@ struct ImageForward : LayerShape {
                                         buffers.bias + first, vecs * W, false, place, finished);
                 for (int64_t y = begin; y < end; ++y)
                     for (int64_t i = 0; i < steps; ++i) {
-                        outputs.load_row(current(t + i, b), y, first, n, 0, width, row, vecs * W);
+                        load_row(outputs, current(t + i, b), y, first, n, row, vecs * W);
                         finished(i, y);
                     }
             });
@@ -141,7 +152,7 @@ struct ImageForward : LayerShape {
             for (int64_t i = 0; i < steps && pools(); ++i) pool(t + i, b, begin / a.window_rows, bottom);
         }
         for (int64_t y = begin; y < end; ++y)
-            first_in_memory().store_row(a.last + b * outputs.floats, y, 0, outputs.channels, membrane + (y - begin) * width * lanes, lanes);
+            store_row(a.last + b * outputs.floats, y, membrane + (y - begin) * width * lanes, lanes);
         stream_fence();
     }
 
@@ -182,7 +193,7 @@ inline void image_layer_forward(ImageLayer& a, Arena& arena) {
             for (int worker = 1; worker < threads; ++worker) sum += row[worker * outputs.pixels * a.lanes + i];
             row[i] = sum * share;
         }
-        layer.first_in_memory().store_row(a.rates, y, 0, outputs.channels, row, a.lanes);
+        layer.store_row(a.rates, y, row, a.lanes);
     });
 }
 
@@ -243,7 +254,7 @@ struct ImageBackward : LayerShape {
             float* delta = at.delta + y * wide * padded;
             Vec beta_sum = {}, theta_sum = {};
             zero(row_bias, padded * sizeof(float));
-            if (last) first_in_memory().load_row(a.grad_last + at.b * outputs.floats, y, 0, outputs.channels, 0, outputs.width, row_last, lanes);
+            if (last) load_row(a.grad_last + at.b * outputs.floats, y, row_last);
             for (int64_t x = 0; x < outputs.width; ++x, delta += padded, u += lanes) {
                 at.list.starts[y * (outputs.width + 1) + x] = n;
                 const int64_t pooled_x = x / a.window_columns, number = at.t * a.count + at.b - a.first;
@@ -316,8 +327,10 @@ struct ImageBackward : LayerShape {
         for (int64_t y = 0; y < outputs.height; ++y) {
             float* delta = at.delta + y * wide * padded;
             Vec beta_sum = {}, theta_sum = {};
-            zero(u, outputs.width * lanes * sizeof(float));
-            if (a.state) first_in_memory().load_row(a.state + at.b * outputs.floats, y, 0, outputs.channels, 0, outputs.width, u, lanes);
+            if (a.state)
+                load_row(a.state + at.b * outputs.floats, y, u);
+            else
+                zero(u, outputs.width * lanes * sizeof(float));
             for (int64_t x = 0; x < outputs.width; ++x)
                 for (int64_t lane = 0; lane < padded; lane += W) {
                     const Vec membrane = load(u + x * lanes + lane), later = load(delta + x * padded + lane);
@@ -328,7 +341,7 @@ struct ImageBackward : LayerShape {
                     store(delta + x * padded + lane, decay * discharged);
                 }
             neurons[(at.b - a.first) * 2] += sum_of(beta_sum), neurons[(at.b - a.first) * 2 + 1] += sum_of(theta_sum);
-            if (a.grad_state) first_in_memory().store_row(a.grad_state + at.b * outputs.floats, y, 0, outputs.channels, delta, padded);
+            if (a.grad_state) store_row(a.grad_state + at.b * outputs.floats, y, delta, padded);
         }
     }
 
@@ -416,9 +429,7 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
     }
     if (a.grad_rates) {
         const Vec share = all(1.0f / (static_cast<float>(a.samples) * static_cast<float>(a.steps)));
-        zero(layer.rates, outputs.pixels * a.lanes * sizeof(float));
-        for (int64_t y = 0; y < outputs.height; ++y)
-            layer.first_in_memory().load_row(a.grad_rates, y, 0, outputs.channels, 0, outputs.width, layer.rates + y * outputs.width * a.lanes, a.lanes);
+        for (int64_t y = 0; y < outputs.height; ++y) layer.load_row(a.grad_rates, y, layer.rates + y * outputs.width * a.lanes);
         for (int64_t i = 0; i < outputs.pixels * a.lanes; i += W) store(layer.rates + i, load(layer.rates + i) * share);
     }
     choose(Surrogates{}, a.neurons.surrogate, [&](auto surrogate) {

@@ -50,9 +50,7 @@ def refuses(
     return refuses_sizes(x.shape[1:], weight.shape, (stride, padding, dilation, groups))
 
 
-def refuses_sizes(
-    image: Sequence[int], weight: Sequence[int], options: tuple[Pair, Pair, Pair, int]
-) -> str | None:
+def refuses_sizes(image: Sequence[int], weight: Sequence[int], options: tuple[Pair, Pair, Pair, int]) -> str | None:
     """Why these kernels cannot serve images [C, H, W] and a weight of that shape, with stride, padding, dilation and
     groups, or None."""
     stride, padding, dilation, groups = options

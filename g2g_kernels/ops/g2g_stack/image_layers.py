@@ -44,9 +44,8 @@ from g2g_kernels.tracing import replaced
 
 #: numbers that a pixel's channels take in what passes between layers are a multiple of this
 LANES = 16
-#: bytes of the gradients between two layers, and of the sums of a weight's gradient, that are there at a time; and
-#: samples that are computed together at least
-MOST_BETWEEN, MOST_SUMS, LEAST_TOGETHER = 32 << 20, 64 << 20, 4
+#: bytes of the gradients between two layers that are there at a time, and of the sums of a weight's gradient
+MOST_BETWEEN, MOST_SUMS = 8 << 20, 64 << 20
 #: fields that these kernels read
 READ = ("neurons", "connections", "state", "kind", "values", "mask", "source", "bias", "images")
 
@@ -463,11 +462,12 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
 
 
 def _together(call: ImagesCall, sizes: Sequence[_Sizes]) -> int:
-    """Samples whose gradients are computed together. How many does not depend on the threads."""
-    steps, _ = _lead(call)
+    """Samples whose gradients are computed together: as many for each thread. Sums over samples are in order, whatever
+    this is."""
+    (steps, _), threads = _lead(call), torch.get_num_threads()
     between = max([4 * steps * of.source[1] * of.source[2] * of.in_lanes for of in sizes])
     sums = max([4 * _lanes(of.layer.weight.numel()) for of in sizes if of.layer.weight is not None], default=1)
-    return max(LEAST_TOGETHER, min(MOST_BETWEEN // between, MOST_SUMS // sums))
+    return max(1, min(MOST_BETWEEN // between, MOST_SUMS // sums) // threads) * threads
 
 
 def _plain(call: ImagesCall) -> list[torch.Tensor]:

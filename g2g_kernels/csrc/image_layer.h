@@ -29,7 +29,7 @@ struct LayerShape {
     explicit LayerShape(const ImageLayer& layer)
         : a(layer), inputs(inputs_of(layer.convolution)), outputs(outputs_of(layer.convolution)), words(outputs.words), pixels(outputs.pixels) {}
 
-    bool pools() const { return a.window_rows * a.window_columns > 1; }
+    bool pools() const { return a.pooled; }
     int64_t frame(int64_t t, int64_t b) const { return t * a.samples + b; }
     uint64_t* spikes(int64_t t, int64_t b, int64_t y) const {
         return a.spikes + (frame(t, b) * pixels + y * outputs.width) * words;

@@ -1,6 +1,6 @@
-"""Populations that are images, behind convolutions, on the compiled CPU kernels: operators ``g2g::images_forward`` (with
-its autograd formula) and ``g2g::images_backward``. They run the first populations of a network, as many as are a chain
-of convolutions; what follows is a network of its own, whose inputs are the spikes of the last of these.
+"""Images behind convolutions on the compiled CPU kernels: operators ``g2g::images_forward`` (with its autograd formula)
+and ``g2g::images_backward``. They run the first populations of a network, as many as are a chain of convolutions; what
+follows is a network of its own, whose inputs are the spikes of the last of these.
 
 Between layers spikes are words, int64 [T, B, pixels, words] with a bit for each channel. What the forward pass keeps is
 of each layer these, behind its windows, too, if there are any, and the membranes of every step, float32
@@ -31,7 +31,6 @@ from g2g_kernels.ops.g2g_stack.population import (
     Population,
     refuses_fields,
     refuses_kernels,
-    total_steps,
     unread,
 )
 from g2g_kernels.ops.g2g_stack.reference import functions_of
@@ -75,8 +74,8 @@ class ImagesCall(NamedTuple):
     """What the forward pass takes.
 
     Attributes:
-        x: [T, B, N_in], images of the shape ``source``; or the current of the first layer, [T, B, N], or [B, N], held for
-            ``steps``.
+        x: [T, B, N_in], images of the shape ``source``; or the current of the first layer, [T, B, N], or [B, N], held
+            for ``steps``.
         source: None where x is the current.
         layers: each behind the one before.
         steps: 0 if x is not held.
@@ -126,14 +125,14 @@ def side_by_side(pool: Pool) -> bool:
 
 def _why_not(number: int, population: Population) -> str | None:
     """Why population ``number`` is none that these kernels run behind the ones before it, or None."""
+    each, *others = population.connections
+    if others or each.source != number - 1 or each.kind != "convolution":
+        return f"population {number} does not receive one convolution of what comes before it, and nothing else"
     if reason := refuses_fields(unread(READ), [population]):
         return reason
     neurons = population.neurons
     if neurons.model != "lif" or any([each.numel() > 1 for each in neurons.parameters]):
         return f"population {number} is not LIF with one beta and one threshold"
-    each, *others = population.connections
-    if others or each.source != number - 1 or each.images is None or each.kind != "convolution":
-        return f"population {number} does not receive one convolution of what comes before it, and nothing else"
     if number and not _is_plain(each.images, each, most=1):
         return f"the connection to population {number} is not one convolution of one group, behind at most maxima"
     return None
@@ -174,11 +173,11 @@ def refuses(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     if reason := refuses_kernels(call, ()) or refuses_tensors(call):
         return reason
-    if call.truncate is not None or call.before is not None or call.x.numel() == 0:
-        return "takes no truncated run, no inputs before it, and no empty batch"
-    length, reason = _length(call.populations)
-    if length and call.spikes:
+    if call.spikes:
         return "gives spikes over time no gradient"
+    if call.truncate is not None or call.x.numel() == 0:
+        return "takes no truncated run, and needs a batch that is not empty"
+    length, reason = _length(call.populations)
     return None if length else reason
 
 
@@ -240,11 +239,8 @@ def _given(connection: Connection) -> Shape:
 
 def _shared_pool(populations: Sequence[Population], source: int) -> Pool | None:
     """The pool behind which all that these receive from population ``source`` lies, or None."""
-    firsts = []
-    for population in populations:
-        for each in population.connections:
-            if each.source == source:
-                firsts.append(None if each.images is None or not each.images.before else each.images.before[0])
+    readers = [each for population in populations for each in population.connections if each.source == source]
+    firsts = [None if each.images is None or not each.images.before else each.images.before[0] for each in readers]
     pool = firsts[0] if firsts and all([first == firsts[0] for first in firsts]) else None
     return pool if pool is not None and side_by_side(pool) else None
 
@@ -314,7 +310,7 @@ def _lead(call: ImagesCall) -> tuple[int, int]:
 
 
 def _arguments(call: ImagesCall, of: _Sizes, words: Sequence[torch.Tensor], first: bool) -> Structure:
-    """The arguments of a layer: ``words`` are its inputs unless it is the first, its spikes, and these behind windows."""
+    """The arguments of a layer; ``words`` as :func:`_words_of` gives them."""
     layer = of.layer
     (steps, batch), (channels, height, width) = _lead(call), of.source
     out_channels, out_height, out_width = layer.shape
@@ -393,7 +389,7 @@ def _forward(call: ImagesCall, keep: bool) -> tuple[torch.Tensor, _Each, _Each, 
     of_words, of_states = _kept_shapes(call)
     words = workspace.each(of_words, torch.int64)
     states = workspace.each(of_states) if keep else []
-    (steps, batch), sizes = _lead(call), list(_sizes(call))
+    (_, batch), sizes = _lead(call), list(_sizes(call))
     numbers = [math.prod(layer.shape) for layer in call.layers]
     rates, last = workspace.each([(n,) for n in numbers]), workspace.each([(1, batch, n) for n in numbers])
     for number, (of, of_layer) in enumerate(zip(sizes, _words_of(call, words), strict=True)):

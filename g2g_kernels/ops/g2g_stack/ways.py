@@ -1,8 +1,8 @@
 """The table of ways to run a network, and the choice among them.
 
-In order of preference: Triton's chain; the CPU's chain, graph, events and lists; operators in turn on the network's
-backend; ``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before the
-choice (:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
+In order of preference: Triton's chain; the CPU's chain, graph, images, events and lists; operators in turn on the
+network's backend; ``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before
+the choice (:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
 """
 
 import math

@@ -97,8 +97,9 @@ class ImagesCall(NamedTuple):
                 raise ValueError(f"layer {number} needs a weight and images, or the current of its neurons")
             if layer.weight is not None:
                 assert layer.convolution is not None
+                assert shape is not None
                 if convolved_shape(shape, layer.weight.shape, layer.convolution) != layer.shape:
-                    raise ValueError(f"the convolution of layer {number} does not give images of {layer.shape}")
+                    raise ValueError(f"the convolution of layer {number} must be one to images of {layer.shape}")
                 yield f"weight {number}", layer.weight, layer.weight.shape, torch.float32
                 yield f"bias {number}", layer.bias, (layer.shape[0],), torch.float32
             yield f"state {number}", layer.state, (1, batch, math.prod(layer.shape)), torch.float32
@@ -133,15 +134,23 @@ def _why_not(number: int, population: Population) -> str | None:
     neurons = population.neurons
     if neurons.model != "lif" or any([each.numel() > 1 for each in neurons.parameters]):
         return f"population {number} is not LIF with one beta and one threshold"
-    if number and not _is_plain(each.images, each, most=1):
+    if number and not _is_plain(each, most=1):
         return f"the connection to population {number} is not one convolution of one group, behind at most maxima"
     return None
 
 
-def _is_plain(images: Images, connection: Connection, most: int) -> bool:
+def _parts(connection: Connection) -> tuple[Images, Convolution]:
+    """Of a connection that is a convolution."""
+    images = connection.images
+    assert images is not None
+    assert images.convolution is not None
+    return images, images.convolution
+
+
+def _is_plain(connection: Connection, most: int) -> bool:
     """Whether a connection is a convolution that the kernels compute themselves, behind ``most`` pools side by side."""
-    convolution, before = images.convolution, images.before
-    assert convolution is not None
+    images, convolution = _parts(connection)
+    before = images.before
     if images.norm is not None or images.after or convolution.groups > 1 or len(before) > most:
         return False
     sizes = convolved(images), connection.values.shape, convolution
@@ -190,22 +199,24 @@ def g2g_images(call: Call, again: Callable[[Call], Activity]) -> Activity:
         each = population.connections[0]
         shape, pool = _given(each), None
         if number + 1 < length:
-            pool = next(iter(populations[number + 1].connections[0].images.before), None)
+            pool = next(iter(_parts(populations[number + 1].connections[0])[0].before), None)
         elif rest:
             pool = _shared_pool(rest, number)
         parameters = tuple([parameter.reshape(-1).contiguous() for parameter in population.neurons.parameters])
         state = None if population.state is None else population.state.contiguous()
         neurons = replaced(population.neurons, parameters=parameters)
         values, bias = each.values.contiguous(), None if each.bias is None else each.bias.contiguous()
-        layers.append(ImageLayer(values, bias, neurons, state, shape, each.images.convolution, pool))
+        layers.append(ImageLayer(values, bias, neurons, state, shape, _parts(each)[1], pool))
     first = call.populations[0].connections[0]
-    x, source, steps = call.x, first.images.source, 0
-    if call.steps is not None or not _is_plain(first.images, first, most=0):
+    x, source, steps = call.x, _parts(first)[0].source, 0
+    if call.steps is not None or not _is_plain(first, most=0):
         product = partial(g2g_conv2d, backend=call.backend)
         (of_first,) = functions_of(call.populations[:1], {"convolution": product}, run_neurons)
-        x, source, steps = of_first.products[0](x), None, call.steps or 0
+        x, steps = of_first.products[0](x), call.steps or 0
         layers[0] = replaced(layers[0], weight=None, bias=None, convolution=None)
-    spikes, rates, last, kept = FORWARD(ImagesCall(x.float().contiguous(), source, tuple(layers), steps))
+    spikes, rates, last, kept = FORWARD(
+        ImagesCall(x.float().contiguous(), None if layers[0].weight is None else source, tuple(layers), steps)
+    )
     words, trains = iter(kept), []
     for layer in layers:
         trains.append(ImageSpikes(next(words), layer.shape))
@@ -229,9 +240,8 @@ def g2g_images(call: Call, again: Callable[[Call], Activity]) -> Activity:
 
 def _given(connection: Connection) -> Shape:
     """The shape of what a convolution gives its neurons."""
-    images: Images = connection.images
-    assert images.convolution is not None
-    shape = convolved_shape(convolved(images), connection.values.shape, images.convolution)
+    images, convolution = _parts(connection)
+    shape = convolved_shape(convolved(images), connection.values.shape, convolution)
     for pool in images.after:
         shape = pooled_shape(shape, pool)
     return shape
@@ -251,10 +261,11 @@ def _behind(population: Population, length: int, pool: Pool | None) -> Populatio
     for each in population.connections:
         images = each.images
         if each.source == length - 1 and pool is not None:
+            assert images is not None
             images = replaced(images, source=pooled_shape(images.source, pool), before=images.before[1:])
-            if each.kind == "linear" and not images.before:
-                images = None
         connections.append(replaced(each, source=max(each.source - length, -1), images=images))
+        if each.kind == "linear" and images is not None and not images.before:
+            connections[-1] = replaced(connections[-1], images=None)
     return replaced(population, connections=tuple(connections))
 
 
@@ -373,7 +384,8 @@ def _kept_shapes(call: ImagesCall) -> tuple[list[tuple[int, ...]], list[tuple[in
 
 def _words_of(call: ImagesCall, words: Sequence[torch.Tensor]) -> list[tuple[Any, Any, Any]]:
     """Of each layer its inputs, its spikes, and these behind windows."""
-    found, given, inputs = [], iter(words), None
+    found: list[tuple[Any, Any, Any]] = []
+    given, inputs = iter(words), None
     for layer in call.layers:
         spikes = next(given)
         pooled = None if layer.pool is None else next(given)

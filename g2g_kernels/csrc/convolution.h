@@ -154,7 +154,7 @@ struct Events {
 
     // Those of spikes, whose bits are known.
     Events(const Images& images, uint64_t* spikes, Arena& arena)
-        : of(images), x(nullptr), bits(spikes), counts(nullptr), valued(arena.take<uint8_t>(images.count)) {
+        : of(images), x(nullptr), bits(spikes), counts(arena.take<int64_t>(images.count)), valued(arena.take<uint8_t>(images.count)) {
         if (arena.base) zero(valued, images.count);
     }
 
@@ -185,6 +185,13 @@ struct Events {
                 else
                     others |= find_first(from, image, g);
             valued[image] = others;
+        });
+        return count(threads);
+    }
+
+    // How many there are.
+    int64_t count(int threads) const {
+        parallel(threads, of.count, 1, [&](int64_t image, int) {
             int64_t found = 0;
             const uint64_t* w = pixel(image, 0, 0);
             for (int64_t i = 0; i < of.pixels * of.groups * of.words; ++i) found += __builtin_popcountll(w[i]);
@@ -231,12 +238,20 @@ private:
     }
 
     bool find_first(const float* from, int64_t image, int64_t g) const {
+        constexpr int64_t kFew = 8;  // channels whose bits are moved one by one
         uint64_t others = 0, square[kLanes];
         for (int64_t w = 0; w < of.words; ++w) {
             const int64_t channels = least(kLanes, of.of_group - w * kLanes);
             const float* rows = from + (g * of.of_group + w * kLanes) * of.pixels;
             for (int64_t p = 0; p < of.pixels; p += kLanes) {
                 const int64_t n = least(kLanes, of.pixels - p);
+                if (channels <= kFew) {
+                    for (int64_t i = 0; i < n; ++i) pixel(image, p + i, g)[w] = 0;
+                    for (int64_t c = 0; c < channels; ++c)
+                        for (uint64_t left = word(rows + c * of.pixels + p, n, others); left; left &= left - 1)
+                            pixel(image, p + __builtin_ctzll(left), g)[w] |= uint64_t{1} << c;
+                    continue;
+                }
                 for (int64_t c = 0; c < kLanes; ++c) square[c] = c < channels ? word(rows + c * of.pixels + p, n, others) : 0;
                 transpose_bits(square);
                 for (int64_t i = 0; i < n; ++i) pixel(image, p + i, g)[w] = square[i];
@@ -335,16 +350,24 @@ constexpr double kDense = 17.0;
 // Events are chosen where they should take less than this share of the dense time; by a sample, a share of that.
 constexpr double kWorthwhile = 0.9, kSampled = 1.2;
 
-// The cost of a product of source and target channels in `pairs` of places, by events in relation to the dense one: at a `rate` of
-// events, with an expense for each image.
-inline double relative_cost(double rate, int64_t pairs, double each, double expense, const Images& sources, const Images& targets) {
-    const double of_source = static_cast<double>(sources.of_group), of_target = static_cast<double>(targets.of_group);
-    const double vecs = static_cast<double>(divide_up(targets.of_group, W)), places = static_cast<double>(pairs);
-    const double written = static_cast<double>(targets.pixels) * of_target * kWritten;
-    const double found = static_cast<double>(sources.pixels) * of_source * kFound;
-    const double events = rate * places * of_source * (vecs * kAddition + each);
-    return (events + expense + found + written) / ((places * of_source * of_target / kDense + written) * kWorthwhile);
-}
+// What a product of source and target channels in `pairs` of places costs.
+struct ProductCost {
+    double events, dense;   // by events, at a rate of these, and an expense for each image; by the dense product
+    double found, written;  // finding the events in numbers; writing the result
+
+    ProductCost(double rate, int64_t pairs, double each, double expense, const Images& sources, const Images& targets) {
+        const double of_source = static_cast<double>(sources.of_group), of_target = static_cast<double>(targets.of_group);
+        const double vecs = static_cast<double>(divide_up(targets.of_group, W)), places = static_cast<double>(pairs);
+        events = rate * places * of_source * (vecs * kAddition + each) + expense;
+        dense = places * of_source * of_target / kDense;
+        found = static_cast<double>(sources.pixels) * of_source * kFound;
+        written = static_cast<double>(targets.pixels) * of_target * kWritten;
+    }
+    // Of numbers to numbers, events in relation to the dense product.
+    double relative() const { return (events + found + written) / ((dense + written) * kWorthwhile); }
+    // In a layer, where events are known, and what only a dense product writes is written and read.
+    double relative_in_layer() const { return events / ((dense + found + 2 * written) * kWorthwhile); }
+};
 
 // Weights by a row of a kernel and strips of 32 channels, which stay in an L1 cache: where all weights do not, and there are so
 // many events that it pays, or weights exceed L2.
@@ -366,9 +389,9 @@ struct Gather {
     void choose_slices(double rate) {
         if (group_floats() > (rate > kSliceRate ? kL1Floats : kL2Floats)) slices = rows.kernel;
     }
-    double cost(double rate) const {
+    ProductCost cost(double rate) const {
         const double runs = static_cast<double>(rows.pairs() * targets.width * (columns.step == 1 ? 1 : columns.kernel));
-        return relative_cost(rate, rows.pairs() * columns.pairs(), kEvent, runs * kRun, sources, targets);
+        return {rate, rows.pairs() * columns.pairs(), kEvent, runs * kRun, sources, targets};
     }
     int64_t group_floats() const { return divide_up(targets.of_group, W) * W * taps() * sources.of_group; }
 };
@@ -591,10 +614,10 @@ struct Scatter {
     // Sums that are added in the end. How many there are does not depend on the threads.
     int64_t parts = least(chunks, least(16, 4 + (int64_t{16} << 20) / (size * 4)));
 
-    double cost(double rate) const {
+    ProductCost cost(double rate) const {
         const int64_t copied = rows.span(inputs.height) * columns.span(inputs.width) * padded;
-        return relative_cost(rate, rows.pairs() * columns.pairs(), kVisit / static_cast<double>(least(3, columns.kernel)),
-                             static_cast<double>(copied) * kFramed, inputs, outputs);
+        return {rate, rows.pairs() * columns.pairs(), kVisit / static_cast<double>(least(3, columns.kernel)),
+                static_cast<double>(copied) * kFramed, inputs, outputs};
     }
 
 };
@@ -791,7 +814,7 @@ template <class F>
 double rate_of(const Events& events, const F& of, const Convolution& a) {
     const double all = static_cast<double>(events.of.floats * events.of.count);
     const double rate = a.sample ? events.sampled_rate() : static_cast<double>(events.find(a.threads)) / all;
-    return a.event_cost * of.cost(rate) <= (a.sample ? kSampled : 1.0) ? rate : -1;
+    return a.event_cost * of.cost(rate).relative() <= (a.sample ? kSampled : 1.0) ? rate : -1;
 }
 
 inline Images inputs_of(const Convolution& a) {

@@ -47,6 +47,12 @@ struct LayerShape {
         of.last = false;
         return of;
     }
+    // The share of numbers of the inputs that are not 0; finds them if they are not spikes.
+    double input_rate(const Events& events) const {
+        const int threads = a.convolution.threads;
+        const int64_t found = a.inputs ? events.count(threads) : events.find(threads);
+        return static_cast<double>(found) / static_cast<double>(inputs.floats * inputs.count);
+    }
     // Row y of images [C][H][W], or of others, with 0 behind the last of n channels.
     void load_row(const Images& of, const float* image, int64_t y, int64_t first, int64_t n, float* out, int64_t stride) const {
         if (n < stride) zero(out, of.width * stride * sizeof(float));
@@ -174,7 +180,10 @@ inline void image_layer_forward(ImageLayer& a, Arena& arena) {
                              arena.take<float>(threads * outputs.pixels * a.lanes)};
     if (!arena.base) return;
     if (!a.current) {
-        if (!a.inputs) events.find(threads);
+        const double rate = layer.input_rate(events);
+        a.convolution.y_by_events = a.convolution.event_cost * of.cost(rate).relative_in_layer() <= 1;
+        if (!a.convolution.y_by_events) return;
+        of.choose_slices(rate);
         load_kernels(of, a.convolution.weight, false, threads, buffers.weights);
         load_bias(of, a.convolution.bias, buffers.bias);
     }
@@ -312,10 +321,23 @@ struct ImageBackward : LayerShape {
         if (a.held) {
             float* const sum = held + (at.worker * pixels + y * outputs.width) * padded;
             for (int64_t i = 0; i < outputs.width * padded; i += W) store(sum + i, (at.t + 1 < a.steps ? load(sum + i) : Vec{}) + load(delta + i));
-            if (!at.t) outputs.store_row(a.grad_current + at.b * outputs.floats, y, 0, outputs.channels, sum, padded);
+            if (!at.t) outputs.store_row(a.grad_current + (at.b - a.first) * outputs.floats, y, 0, outputs.channels, sum, padded);
         } else {
-            outputs.store_row(a.grad_current + frame(at.t, at.b) * outputs.floats, y, 0, outputs.channels, delta, padded);
+            outputs.store_row(a.grad_current + (at.t * a.current_samples + at.b - a.first) * outputs.floats, y, 0, outputs.channels, delta, padded);
         }
+    }
+
+    // The share of neurons that a gradient reaches in a step, and of what the inputs receive, by a sample of membranes.
+    double reached_rate() const {
+        if (a.neurons.reset == kZero) return 1;  // δ, which does not end with the step
+        constexpr int64_t kSamples = 256;
+        const int64_t size = a.samples * a.steps * pixels * lanes / W, samples = least(size, kSamples);
+        int64_t found = 0;
+        for (int64_t i = 0; i < samples; ++i)
+            found += __builtin_popcountll(nonzero_bits(
+                AnySurrogate::derivative(load(a.states + size / samples * i * W) - all(threshold()), steepness(a.neurons))));
+        const double reached = static_cast<double>(found) / static_cast<double>(samples * W);
+        return a.grad_rates ? reached : reached * static_cast<double>(pooled_pixels) / static_cast<double>(pixels);
     }
 
     // The step before the first, whose membranes are given, or 0.
@@ -422,6 +444,12 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
                               arena.take<float>(a.count * weights.padded),
                               arena.take<double>(2 * a.count)};
     if (!arena.base) return;
+    if (c.sample) {
+        const auto faster = [&](const ProductCost& cost) { return c.event_cost * cost.relative_in_layer() <= 1; };
+        a.convolution.grad_weight_by_events = c.grad_weight_by_events && faster(weights.cost(shape.input_rate(events)));
+        a.convolution.grad_x_by_events = c.grad_x_by_events && faster(of.cost(layer.reached_rate()));
+        return;
+    }
     if (!a.inputs && a.grad_weight) events.find(c.threads);
     if (a.grad_inputs || c.grad_x) {
         load_kernels(of, c.weight, true, c.threads, buffers.weights);

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.cpu import library
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import WAYS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -275,13 +276,17 @@ def test_random_networks_against_a_loop_in_float64(backend, poisoned):
 
 
 @on_cpu
-def test_random_chains_of_images_against_a_loop_in_float64(poisoned):
-    assert sum(check(seed, "cpu", chain=True) for seed in range(6)) > 1000
+@pytest.mark.parametrize("cost", [0, 1, float("inf")])  # by events, by the faster product, by dense ones
+def test_random_chains_of_images_against_a_loop_in_float64(cost, poisoned, monkeypatch):
+    monkeypatch.setattr(library, "CONVOLUTION_COST", cost)
+    assert sum(check(seed, "cpu", chain=True) for seed in range(4)) > 1000
 
 
 @on_cpu
 @pytest.mark.long
-def test_a_hundred_random_chains_of_images_against_a_loop_in_float64(poisoned):
+@pytest.mark.parametrize("cost", [0, 1, float("inf")])
+def test_a_hundred_random_chains_of_images_against_a_loop_in_float64(cost, poisoned, monkeypatch):
+    monkeypatch.setattr(library, "CONVOLUTION_COST", cost)
     assert sum(check(seed, None, chain=True) for seed in range(100, 200)) > 50000
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from g2g_kernels.cpu import library as cpu_library
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import library, pointer, run
 from g2g_kernels.cpu.workspace import workspace
@@ -282,8 +283,13 @@ class ImageSpikes(Spikes):
 
 def unpacked(words: torch.Tensor, channels: int) -> torch.Tensor:
     """Spikes [T, B, N] of words [T, B, pixels, words]."""
+    return _bits(words, channels).mT.flatten(2).float()
+
+
+def _bits(words: torch.Tensor, channels: int) -> torch.Tensor:
+    """uint8 [T, B, pixels, C] of words."""
     bits = words.view(torch.uint8).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)
-    return (bits & 1).flatten(3)[..., :channels].mT.flatten(2).float()
+    return (bits & 1).flatten(3)[..., :channels]
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
@@ -325,7 +331,7 @@ def _arguments(call: ImagesCall, of: _Sizes, words: Sequence[torch.Tensor], firs
     layer = of.layer
     (steps, batch), (channels, height, width) = _lead(call), of.source
     out_channels, out_height, out_width = layer.shape
-    convolution = layer.convolution or Convolution((1, 1), (0, 0), (1, 1), 1)
+    convolution = _options(layer)
     kernel = (1, 1) if layer.weight is None else layer.weight.shape[2:]
     inputs, spikes, pooled = words
     window = (1, 1) if layer.pool is None else layer.pool.kernel
@@ -351,6 +357,7 @@ def _arguments(call: ImagesCall, of: _Sizes, words: Sequence[torch.Tensor], firs
             padding_x=convolution.padding[1],
             dilation_y=convolution.dilation[0],
             dilation_x=convolution.dilation[1],
+            event_cost=cpu_library.CONVOLUTION_COST,
         ),
         neurons=neuron_arguments(layer.neurons),
         samples=batch,
@@ -394,6 +401,18 @@ def _words_of(call: ImagesCall, words: Sequence[torch.Tensor]) -> list[tuple[Any
     return found
 
 
+def _images(call: ImagesCall, of: _Sizes, words: torch.Tensor | None, some: slice = slice(None)) -> torch.Tensor:
+    """The inputs of a layer in some samples as images [T·B, C, H, W], channels last if they are spikes."""
+    if words is None:
+        return call.x[:, some].reshape(-1, *of.source)
+    channels, rows, columns = of.source
+    return _bits(words[:, some], channels).float().reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
+
+
+def _options(layer: ImageLayer) -> Convolution:
+    return layer.convolution or Convolution((1, 1), (0, 0), (1, 1), 1)
+
+
 _Each = list[torch.Tensor]
 
 
@@ -409,6 +428,12 @@ def _forward(call: ImagesCall, keep: bool) -> tuple[torch.Tensor, _Each, _Each, 
         arguments.states = states[number].data_ptr() if keep else None
         arguments.rates, arguments.last = rates[number].data_ptr(), last[number].data_ptr()
         run(library().g2g_image_layer, arguments)
+        if of.layer.weight is not None and not arguments.convolution.y_by_events:
+            current = F.conv2d(
+                _images(call, of, of_layer[0]), of.layer.weight, of.layer.bias, *_options(of.layer)
+            ).contiguous(memory_format=torch.channels_last)
+            arguments.current, arguments.convolution.y_last = current.data_ptr(), True
+            run(library().g2g_image_layer, arguments)
     return unpacked(words[-1], sizes[-1].sent[0]), rates, last, [*words, *states]
 
 
@@ -447,19 +472,17 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
             arguments.states, arguments.first, arguments.count = states[number].data_ptr(), first, some
             arguments.grad_spikes = received.data_ptr()
             arguments.grad_rates, arguments.grad_last = pointer(of_layers[number]), pointer(of_layers[count + number])
-            arguments.grad_weight, arguments.grad_bias = pointer(grad.weight), pointer(grad.bias)
-            arguments.grad_state = pointer(grad.state)
-            wanted = any([each is not None for each in grad.neurons.parameters])
-            arguments.grad_neurons = sums[number].data_ptr() if wanted else None
-            if number:
-                below = workspace.empty((steps, some, math.prod(of.source[1:]), of.in_lanes))
-                arguments.grad_inputs = below.data_ptr()
-            elif layer.weight is None:
-                arguments.grad_current = pointer(to.x)
-            else:
-                arguments.convolution.grad_x = pointer(to.x)
+            arguments.grad_bias, arguments.grad_state = pointer(grad.bias), pointer(grad.state)
+            if any([each is not None for each in grad.neurons.parameters]):
+                arguments.grad_neurons = sums[number].data_ptr()
+            below = workspace.empty((steps, some, math.prod(of.source[1:]), of.in_lanes)) if number else to.x
+            if layer.weight is not None:
+                _run_backward(call, of, arguments, words[number][0], grad.weight, below)
+                received = below
+                continue
+            if below is not None:  # the current
+                arguments.grad_current, arguments.current_samples = below[..., first:, :].data_ptr(), batch
             run(library().g2g_image_layer, arguments, backward=True)
-            received = below if number else received
     for layer, own, (to_beta, to_theta) in zip(call.layers, to.layers, sums, strict=True):
         beta, (grad_beta, grad_theta) = layer.neurons.parameters[0], own.neurons.parameters
         if grad_beta is not None:  # nothing where the decay is clamped
@@ -467,6 +490,50 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         if grad_theta is not None:
             grad_theta.copy_(to_theta)
     return grads
+
+
+def _run_backward(
+    call: ImagesCall,
+    of: _Sizes,
+    arguments: Structure,
+    words: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    below: torch.Tensor | None,
+) -> None:
+    """The backward pass of a layer in the samples that its ``arguments`` say; its gradients of the weight, which are
+    added to ``grad_weight``, and of its inputs, to ``below``, are computed by events where that is faster."""
+    convolution, first, count = arguments.convolution, arguments.first, arguments.count
+    convolution.grad_x_by_events, convolution.grad_weight_by_events = below is not None, grad_weight is not None
+    convolution.sample = True
+    run(library().g2g_image_layer, arguments, backward=True)
+    convolution.sample = False
+    dense_x = below is not None and not convolution.grad_x_by_events
+    dense_weight = grad_weight is not None and not convolution.grad_weight_by_events
+    if not dense_weight:
+        arguments.grad_weight = pointer(grad_weight)
+    if not dense_x and words is None:
+        convolution.grad_x = pointer(below)
+    elif not dense_x:
+        arguments.grad_inputs = pointer(below)
+    if not (dense_x or dense_weight):
+        run(library().g2g_image_layer, arguments, backward=True)
+        return
+    channels, rows, columns = of.layer.shape
+    (steps, _), weight, options = _lead(call), of.layer.weight, [list(each) for each in _options(of.layer)[:3]]
+    delta = workspace.empty((steps * count, rows, columns, channels))
+    arguments.grad_current, arguments.current_samples, convolution.y_last = delta.data_ptr(), count, True
+    run(library().g2g_image_layer, arguments, backward=True)
+    some = slice(first, first + count)
+    operands = delta.permute(0, 3, 1, 2), _images(call, of, words, some), weight
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+        *operands, None, *options, False, [0, 0], 1, [dense_x, dense_weight, False]
+    )
+    if grad_weight is not None and dense_weight:
+        grad_weight += of_weight
+    if below is not None and dense_x and words is None:
+        below[:, some] = of_x.reshape(steps, count, -1)
+    elif below is not None and dense_x:
+        below[..., : of.source[0]] = of_x.permute(0, 2, 3, 1).reshape(steps, count, -1, of.source[0])
 
 
 def _together(call: ImagesCall, sizes: Sequence[_Sizes]) -> int:

@@ -268,7 +268,8 @@ struct ImageBackward : LayerShape {
                 at.list.starts[y * (outputs.width + 1) + x] = n;
                 const int64_t pooled_x = x / a.window_columns, number = at.t * a.count + at.b - a.first;
                 const bool inside = pooled_y < a.pooled_rows && pooled_x < a.pooled_columns;
-                const float* g = a.grad_spikes + (number * pooled_pixels + pooled_y * a.pooled_columns + pooled_x) * lanes;
+                const int64_t place = inside ? number * pooled_pixels + pooled_y * a.pooled_columns + pooled_x : 0;
+                const float* g = a.grad_spikes + place * lanes;
                 const float* of_rate = a.grad_rates ? rates + (y * outputs.width + x) * lanes : nullptr;
                 for (int64_t w = 0; w < words; ++w) {
                     const uint64_t reached = inside ? chosen(at, y, x, w) : 0;

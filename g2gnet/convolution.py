@@ -112,11 +112,7 @@ class G2GConv2d(nn.Conv2d):
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv is {type(conv).__name__}; give an nn.Conv2d")
-        if conv.padding_mode != "zeros":
-            raise ValueError(
-                f"padding_mode={conv.padding_mode!r} is not there; pad before it, nn.Sequential(nn.CircularPad2d(…), "
-                "G2GConv2d(…)), or leave the layer as it is"
-            )
+        _refuse_padding(conv.padding_mode)
         pruned: torch.Tensor | None = getattr(conv, "weight_mask", None)
         # under pruning conv.weight is a product of the last forward pass
         weight: torch.Tensor = conv.weight if pruned is None else conv.get_parameter("weight_orig") * pruned
@@ -149,6 +145,15 @@ class G2GConv2d(nn.Conv2d):
             if mine is not None:
                 mine.data.copy_(given.detach())
                 mine.requires_grad_(like.requires_grad)
+
+    @property
+    def padding_mode(self) -> Any:
+        """``"zeros"``; others are refused."""
+        return "zeros"
+
+    @padding_mode.setter
+    def padding_mode(self, mode: Any) -> None:
+        _refuse_padding(mode)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[…, C, H, W] → […, out_channels, rows, columns]."""
@@ -195,7 +200,7 @@ class MaskedConv2d(SparseLayer, G2GConv2d):
         SparseLayer.__init__(self, mask, nn.Parameter(values))
         self.in_channels, self.out_channels, self.groups, self.backend = in_channels, out_channels, groups, backend
         self.kernel_size, self.stride, self.padding, self.dilation = options
-        self.transposed, self.output_padding, self.padding_mode = False, (0, 0), "zeros"
+        self.transposed, self.output_padding = False, (0, 0)
         self._make_parameters(bias, generator)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "MaskedConv2d":
@@ -212,6 +217,14 @@ class MaskedConv2d(SparseLayer, G2GConv2d):
 
     def _get_name(self) -> str:
         return "G2GConv2d"
+
+
+def _refuse_padding(mode: str) -> None:
+    if mode != "zeros":
+        raise ValueError(
+            f"padding_mode={mode!r} is not there; pad before it, nn.Sequential(nn.CircularPad2d(…), G2GConv2d(…)), or "
+            "leave the layer as it is"
+        )
 
 
 def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:

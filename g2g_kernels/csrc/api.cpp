@@ -84,6 +84,7 @@ int64_t size(const Linear& a) {
 int64_t size(const Convolution& a) {
     return a.images * (int64_t{a.channels} * a.height * a.width + int64_t{a.out_channels} * a.out_height * a.out_width);
 }
+int64_t size(const ImageLayer& a) { return size(a.convolution); }
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
 int64_t size(const ListNetwork& a) {
     int64_t neurons = 0;
@@ -95,6 +96,7 @@ int64_t size(const NeuronLoop& a) { return a.samples * a.size * a.steps; }
 template <class Arguments>
 int32_t threads(const Arguments& a) { return a.threads; }
 int32_t threads(const Graph& g) { return g.stack.threads; }
+int32_t threads(const ImageLayer& a) { return a.convolution.threads; }
 
 // body() with OpenMP's threads, unless waking them (50 us) would take as long as the call.
 template <class F>
@@ -266,6 +268,9 @@ G2G_EXPORT int64_t g2g_graph(Graph* a, int32_t pass, void* scratch) { return cal
 G2G_EXPORT int64_t g2g_linear(Linear* a, int32_t pass, void* scratch) { return call(kernels().linear[pass], a, scratch); }
 G2G_EXPORT int64_t g2g_convolution(Convolution* a, int32_t pass, void* scratch) {
     return call(kernels().convolution[pass], a, scratch);
+}
+G2G_EXPORT int64_t g2g_image_layer(ImageLayer* a, int32_t pass, void* scratch) {
+    return call(kernels().image_layer[pass], a, scratch);
 }
 G2G_EXPORT int64_t g2g_list_loop(ListLoop* a, int32_t pass, void* scratch) { return call(kernels().list_loop[pass], a, scratch); }
 G2G_EXPORT int64_t g2g_list_network(ListNetwork* a, int32_t pass, void* scratch) {

@@ -152,6 +152,12 @@ struct Events {
           counts(arena.take<int64_t>(images.count)),
           valued(arena.take<uint8_t>(images.count)) {}
 
+    // Those of spikes, whose bits are known.
+    Events(const Images& images, uint64_t* spikes, Arena& arena)
+        : of(images), x(nullptr), bits(spikes), counts(arena.take<int64_t>(images.count)), valued(arena.take<uint8_t>(images.count)) {
+        if (arena.base) zero(valued, images.count);
+    }
+
     uint64_t* pixel(int64_t image, int64_t p, int64_t group) const {
         return bits + ((image * of.pixels + p) * of.groups + group) * of.words;
     }
@@ -179,6 +185,13 @@ struct Events {
                 else
                     others |= find_first(from, image, g);
             valued[image] = others;
+        });
+        return count(threads);
+    }
+
+    // How many there are.
+    int64_t count(int threads) const {
+        parallel(threads, of.count, 1, [&](int64_t image, int) {
             int64_t found = 0;
             const uint64_t* w = pixel(image, 0, 0);
             for (int64_t i = 0; i < of.pixels * of.groups * of.words; ++i) found += __builtin_popcountll(w[i]);
@@ -225,12 +238,20 @@ private:
     }
 
     bool find_first(const float* from, int64_t image, int64_t g) const {
+        constexpr int64_t kFew = 8;  // channels whose bits are moved one by one
         uint64_t others = 0, square[kLanes];
         for (int64_t w = 0; w < of.words; ++w) {
             const int64_t channels = least(kLanes, of.of_group - w * kLanes);
             const float* rows = from + (g * of.of_group + w * kLanes) * of.pixels;
             for (int64_t p = 0; p < of.pixels; p += kLanes) {
                 const int64_t n = least(kLanes, of.pixels - p);
+                if (channels <= kFew) {
+                    for (int64_t i = 0; i < n; ++i) pixel(image, p + i, g)[w] = 0;
+                    for (int64_t c = 0; c < channels; ++c)
+                        for (uint64_t left = word(rows + c * of.pixels + p, n, others); left; left &= left - 1)
+                            pixel(image, p + __builtin_ctzll(left), g)[w] |= uint64_t{1} << c;
+                    continue;
+                }
                 for (int64_t c = 0; c < kLanes; ++c) square[c] = c < channels ? word(rows + c * of.pixels + p, n, others) : 0;
                 transpose_bits(square);
                 for (int64_t i = 0; i < n; ++i) pixel(image, p + i, g)[w] = square[i];
@@ -329,16 +350,24 @@ constexpr double kDense = 17.0;
 // Events are chosen where they should take less than this share of the dense time; by a sample, a share of that.
 constexpr double kWorthwhile = 0.9, kSampled = 1.2;
 
-// The cost of a product of source and target channels in `pairs` of places, by events in relation to the dense one: at a `rate` of
-// events, with an expense for each image.
-inline double relative_cost(double rate, int64_t pairs, double each, double expense, const Images& sources, const Images& targets) {
-    const double of_source = static_cast<double>(sources.of_group), of_target = static_cast<double>(targets.of_group);
-    const double vecs = static_cast<double>(divide_up(targets.of_group, W)), places = static_cast<double>(pairs);
-    const double written = static_cast<double>(targets.pixels) * of_target * kWritten;
-    const double found = static_cast<double>(sources.pixels) * of_source * kFound;
-    const double events = rate * places * of_source * (vecs * kAddition + each);
-    return (events + expense + found + written) / ((places * of_source * of_target / kDense + written) * kWorthwhile);
-}
+// What a product of source and target channels in `pairs` of places costs.
+struct ProductCost {
+    double events, dense;   // by events, at a rate of these, and an expense for each image; by the dense product
+    double found, written;  // finding the events in numbers; writing the result
+
+    ProductCost(double rate, int64_t pairs, double each, double expense, const Images& sources, const Images& targets) {
+        const double of_source = static_cast<double>(sources.of_group), of_target = static_cast<double>(targets.of_group);
+        const double vecs = static_cast<double>(divide_up(targets.of_group, W)), places = static_cast<double>(pairs);
+        events = rate * places * of_source * (vecs * kAddition + each) + expense;
+        dense = places * of_source * of_target / kDense;
+        found = static_cast<double>(sources.pixels) * of_source * kFound;
+        written = static_cast<double>(targets.pixels) * of_target * kWritten;
+    }
+    // Of numbers to numbers, events in relation to the dense product.
+    double relative() const { return (events + found + written) / ((dense + written) * kWorthwhile); }
+    // In a layer, where events are known, and what only a dense product writes is written and read.
+    double relative_in_layer() const { return events / ((dense + found + 2 * written) * kWorthwhile); }
+};
 
 // Weights by a row of a kernel and strips of 32 channels, which stay in an L1 cache: where all weights do not, and there are so
 // many events that it pays, or weights exceed L2.
@@ -360,9 +389,9 @@ struct Gather {
     void choose_slices(double rate) {
         if (group_floats() > (rate > kSliceRate ? kL1Floats : kL2Floats)) slices = rows.kernel;
     }
-    double cost(double rate) const {
+    ProductCost cost(double rate) const {
         const double runs = static_cast<double>(rows.pairs() * targets.width * (columns.step == 1 ? 1 : columns.kernel));
-        return relative_cost(rate, rows.pairs() * columns.pairs(), kEvent, runs * kRun, sources, targets);
+        return {rate, rows.pairs() * columns.pairs(), kEvent, runs * kRun, sources, targets};
     }
     int64_t group_floats() const { return divide_up(targets.of_group, W) * W * taps() * sources.of_group; }
 };
@@ -440,8 +469,12 @@ struct GatherBuffers {
     int64_t of_rows;  // floats of `rows`, a strip of a band
 
     GatherBuffers(const Gather& a, int threads, Arena& arena)
-        : together(most(1, least(least(kPixelsTogether / a.targets.pixels, kMostTogether), a.targets.count / (4 * threads)))),
-          band(band_of(a, threads)),
+        : GatherBuffers(a, most(1, least(least(kPixelsTogether / a.targets.pixels, kMostTogether), a.targets.count / (4 * threads))),
+                        band_of(a, divide_up(4 * threads, most(1, a.targets.count))), threads, arena) {}
+
+    GatherBuffers(const Gather& a, int64_t images, int64_t rows_of_task, int threads, Arena& arena)
+        : together(images),
+          band(rows_of_task),
           tallest(least(a.sources.height, a.rows.span(band))),
           lists(a.sources, tallest, threads * together, arena),
           weights(arena.take<float>(a.group_floats() * a.targets.groups)),
@@ -450,8 +483,8 @@ struct GatherBuffers {
         rows = arena.take<float>(threads * of_rows);
     }
 
-    static int64_t band_of(const Gather& a, int threads) {
-        const int64_t bands = divide_up(4 * threads, most(1, a.targets.count));  // enough for all threads
+    // Rows of a task, of which there are at least so many.
+    static int64_t band_of(const Gather& a, int64_t bands) {
         int64_t band = divide_up(a.targets.height, bands);
         while (band > 1 && a.rows.span(band) * a.sources.width * a.sources.of_group > kListed) band = divide_up(band, 2);
         return band;
@@ -470,7 +503,30 @@ struct GatherBuffers {
     }
 };
 
-// In one pass over the rows of a kernel; or in `slices` of one row, with few weights, where there are many events.
+// The rows begin … end − 1 of some images from their lists, a strip of `vecs` vectors: in one pass over the rows of a kernel; or in
+// `slices` of one row, with few weights, where there are many events. Sums go to place(image, y), pixels `stride` apart;
+// finished(image, y) follows.
+template <class Place, class Finished>
+void gather_strip(const Gather& a, const EventRows* lists, const uint8_t* const* valued, int64_t images, int64_t begin, int64_t end,
+                  int vecs, const float* weights, const float* bias, int64_t stride, bool streamed, const Place& place,
+                  const Finished& finished) {
+    with_vecs<kMostVecs>(vecs, [&](auto N) {
+        const auto run = [&](int64_t slice, int64_t i, int64_t y) {
+            const int64_t count = a.rows.count[y], after = a.slices == 1 ? count : least(slice + 1, count);
+            const auto row = *valued[i] ? gather_row<N, true> : gather_row<N, false>;
+            if (slice == 0 || slice < count) row(a, lists[i], y, slice, after, weights, bias, place(i, y), stride, streamed);
+        };
+        for (int64_t slice = 0; slice + 1 < a.slices; ++slice)
+            for (int64_t i = 0; i < images; ++i)
+                for (int64_t y = begin; y < end; ++y) run(slice, i, y);
+        for (int64_t y = begin; y < end; ++y)
+            for (int64_t i = 0; i < images; ++i) {
+                run(a.slices - 1, i, y);
+                finished(i, y);
+            }
+    });
+}
+
 inline void gather(const Gather& a, const Events& events, const GatherBuffers& buffers, int threads) {
     const int64_t bands = divide_up(a.targets.height, buffers.band), of_bias = divide_up(a.targets.of_group, W) * W;
     const bool streamed = a.targets.floats * a.targets.count > kStreamed && a.slices == 1;
@@ -480,9 +536,12 @@ inline void gather(const Gather& a, const Events& events, const GatherBuffers& b
         int64_t lowest;
         const int64_t rows = GatherBuffers::sources_of(a.rows, begin, end, lowest);
         EventRows lists[kMostTogether];
+        const uint8_t* valued[kMostTogether];
         for (int64_t g = 0; g < a.targets.groups; ++g) {
-            for (int64_t i = 0; i < images; ++i)
+            for (int64_t i = 0; i < images; ++i) {
                 lists[i] = {buffers.lists, events, first_image + i, g, lowest, rows, buffers.tallest, worker * buffers.together + i};
+                valued[i] = events.valued + first_image + i;
+            }
             each_strip(a.vecs(), a.targets.of_group, [&](int64_t first, int vecs) {
                 const float* weights = buffers.weights + g * a.group_floats() + first * a.taps() * a.sources.of_group;
                 const float* bias = buffers.bias + g * of_bias + first;
@@ -494,20 +553,11 @@ inline void gather(const Gather& a, const Events& events, const GatherBuffers& b
                     return direct ? a.out + (first_image + i) * a.targets.floats + y * of_row + channel
                                   : buffer + (i * buffers.band + y - begin) * of_row;
                 };
-                with_vecs<kMostVecs>(vecs, [&](auto N) {
-                    for (int64_t slice = 0; slice < a.slices; ++slice)
-                        for (int64_t i = 0; i < images; ++i) {
-                            const auto run = events.valued[first_image + i] ? gather_row<N, true> : gather_row<N, false>;
-                            for (int64_t y = begin; y < end; ++y) {
-                                const int64_t count = a.rows.count[y], after = a.slices == 1 ? count : least(slice + 1, count);
-                                if (slice == 0 || slice < count)
-                                    run(a, lists[i], y, slice, after, weights, bias, place(i, y), stride, streamed && direct);
-                            }
-                        }
-                });
-                for (int64_t i = 0; i < images && !direct; ++i)
-                    for (int64_t y = begin; y < end; ++y)
-                        a.targets.store_row(a.out + (first_image + i) * a.targets.floats, y, channel, n, place(i, y), stride);
+                gather_strip(a, lists, valued, images, begin, end, vecs, weights, bias, stride, streamed && direct, place,
+                             [&](int64_t i, int64_t y) {
+                                 float* const image = a.out + (first_image + i) * a.targets.floats;
+                                 if (!direct) a.targets.store_row(image, y, channel, n, place(i, y), stride);
+                             });
             });
         }
         if (streamed) stream_fence();
@@ -564,10 +614,10 @@ struct Scatter {
     // Sums that are added in the end. How many there are does not depend on the threads.
     int64_t parts = least(chunks, least(16, 4 + (int64_t{16} << 20) / (size * 4)));
 
-    double cost(double rate) const {
+    ProductCost cost(double rate) const {
         const int64_t copied = rows.span(inputs.height) * columns.span(inputs.width) * padded;
-        return relative_cost(rate, rows.pairs() * columns.pairs(), kVisit / static_cast<double>(least(3, columns.kernel)),
-                             static_cast<double>(copied) * kFramed, inputs, outputs);
+        return {rate, rows.pairs() * columns.pairs(), kVisit / static_cast<double>(least(3, columns.kernel)),
+                static_cast<double>(copied) * kFramed, inputs, outputs};
     }
 
 };
@@ -603,8 +653,11 @@ struct ScatterBuffers {
     int32_t *places, *counts;
 
     ScatterBuffers(const Scatter& a, int threads, Arena& arena)
-        : wide(a.columns.span(a.inputs.width)),
-          tall(a.rows.span(a.band)),
+        : ScatterBuffers(a, a.columns.span(a.inputs.width), a.rows.span(a.band), threads, arena) {}
+
+    ScatterBuffers(const Scatter& a, int64_t width, int64_t height, int threads, Arena& arena)
+        : wide(width),
+          tall(height),
           room(a.together * a.band * a.inputs.width),
           sums(arena.take<float>(a.parts * a.size)),
           frames(arena.take<float>(threads * frame_floats(a))),
@@ -697,29 +750,44 @@ struct Chunk {
         }
     }
 
-    void add_to(float* sums) const {
-        for (int64_t g = 0; g < a.inputs.groups; ++g) {
-            fill_frame(g);
-            const bool valued = sort(g);
-            for (int64_t c = 0; c < a.inputs.of_group; ++c)
-                for (int64_t kind = 0; kind < a.kinds; ++kind) {
-                    const int64_t key = c * a.kinds + kind, row = kind / a.columns.classes, column = kind % a.columns.classes;
-                    if (!counts[key]) continue;
-                    float* of_channel = sums + (g * a.inputs.of_group + c) * a.taps * a.padded;
-                    const int64_t rows = a.rows.first[row + 1] - a.rows.first[row];
-                    const int64_t columns = a.columns.first[column + 1] - a.columns.first[column];
-                    each_strip(4, a.outputs.of_group, [&](int64_t first, int vecs) {
-                        const auto with = [&](auto N) {
-                            const auto add = valued ? &Chunk::add_strip<N, true> : &Chunk::add_strip<N, false>;
-                            (this->*add)(key, frame + first, a.rows.first[row], rows, a.columns.first[column], columns,
-                                         of_channel + first);
-                        };
-                        with_vecs<4>(vecs, with);
-                    });
-                }
-        }
+    // Adds what the events of a group find in the frame.
+    void add_group(int64_t g, float* sums) const {
+        const bool valued = sort(g);
+        for (int64_t c = 0; c < a.inputs.of_group; ++c)
+            for (int64_t kind = 0; kind < a.kinds; ++kind) {
+                const int64_t key = c * a.kinds + kind, row = kind / a.columns.classes, column = kind % a.columns.classes;
+                if (!counts[key]) continue;
+                float* of_channel = sums + (g * a.inputs.of_group + c) * a.taps * a.padded;
+                const int64_t rows = a.rows.first[row + 1] - a.rows.first[row];
+                const int64_t columns = a.columns.first[column + 1] - a.columns.first[column];
+                each_strip(4, a.outputs.of_group, [&](int64_t first, int vecs) {
+                    const auto with = [&](auto N) {
+                        const auto add = valued ? &Chunk::add_strip<N, true> : &Chunk::add_strip<N, false>;
+                        (this->*add)(key, frame + first, a.rows.first[row], rows, a.columns.first[column], columns,
+                                     of_channel + first);
+                    };
+                    with_vecs<4>(vecs, with);
+                });
+            }
     }
 };
+
+// ∂w from so many parts of its sums, on top of what is there or not.
+inline void sum_parts(const Scatter& a, const ScatterBuffers& buffers, int64_t parts, int threads, bool on_top, float* grad_weight) {
+    parallel(threads, a.inputs.channels, 4, [&](int64_t channel, int) {
+        const int64_t g = channel / a.inputs.of_group, c = channel % a.inputs.of_group;
+        for (int64_t s = 0; s < a.taps; ++s) {
+            const int64_t tap = int64_t{a.rows.tap[s / a.columns.kernel]} * a.columns.kernel + a.columns.tap[s % a.columns.kernel];
+            for (int64_t o = 0; o < a.outputs.of_group; ++o) {
+                const float* from = buffers.sums + (channel * a.taps + s) * a.padded + o;
+                float& to = grad_weight[((g * a.outputs.of_group + o) * a.inputs.of_group + c) * a.taps + tap];
+                float sum = on_top ? to : 0.0f;
+                for (int64_t part = 0; part < parts; ++part) sum += from[part * a.size];
+                to = sum;
+            }
+        }
+    });
+}
 
 inline void scatter(const Scatter& a, const Events& events, const ScatterBuffers& buffers, int threads, float* grad_weight) {
     const int64_t bands = divide_up(a.inputs.height, a.band);
@@ -729,21 +797,14 @@ inline void scatter(const Scatter& a, const Events& events, const ScatterBuffers
         for (int64_t i = a.chunks * part / a.parts; i < a.chunks * (part + 1) / a.parts; ++i) {
             const int64_t image = i / bands * a.together, y = i % bands * a.band;
             const int64_t images = least(a.together, a.inputs.count - image), end = least(a.inputs.height, y + a.band);
-            Chunk{a, events, buffers, image, images, y, end, worker}.add_to(sums);
-        }
-    });
-    parallel(threads, a.inputs.channels, 4, [&](int64_t channel, int) {
-        const int64_t g = channel / a.inputs.of_group, c = channel % a.inputs.of_group;
-        for (int64_t s = 0; s < a.taps; ++s) {
-            const int64_t tap = int64_t{a.rows.tap[s / a.columns.kernel]} * a.columns.kernel + a.columns.tap[s % a.columns.kernel];
-            for (int64_t o = 0; o < a.outputs.of_group; ++o) {
-                const float* from = buffers.sums + (channel * a.taps + s) * a.padded + o;
-                float sum = 0.0f;
-                for (int64_t part = 0; part < a.parts; ++part) sum += from[part * a.size];
-                grad_weight[((g * a.outputs.of_group + o) * a.inputs.of_group + c) * a.taps + tap] = sum;
+            const Chunk chunk{a, events, buffers, image, images, y, end, worker};
+            for (int64_t g = 0; g < a.inputs.groups; ++g) {
+                chunk.fill_frame(g);
+                chunk.add_group(g, sums);
             }
         }
     });
+    sum_parts(a, buffers, a.parts, threads, false, grad_weight);
 }
 
 // --- calls ------------------------------------------------------------------------------------------------------------------
@@ -753,7 +814,7 @@ template <class F>
 double rate_of(const Events& events, const F& of, const Convolution& a) {
     const double all = static_cast<double>(events.of.floats * events.of.count);
     const double rate = a.sample ? events.sampled_rate() : static_cast<double>(events.find(a.threads)) / all;
-    return a.event_cost * of.cost(rate) <= (a.sample ? kSampled : 1.0) ? rate : -1;
+    return a.event_cost * of.cost(rate).relative() <= (a.sample ? kSampled : 1.0) ? rate : -1;
 }
 
 inline Images inputs_of(const Convolution& a) {
@@ -769,20 +830,25 @@ inline Windows columns_of(const Convolution& a, bool back, Arena& arena) {
     return {a.width, a.out_width, a.kernel_columns, a.stride_x, a.padding_x, a.dilation_x, back, arena};
 }
 
+// Computes a product by events, unless a dense one is faster or only that is asked; returns whether it is by events.
+// `back`: targets are the inputs of the convolution.
+inline bool gather_by_events(const Convolution& a, Gather of, const float* numbers, const float* bias, bool back, Arena& arena) {
+    const Events events(of.sources, numbers, arena);
+    const GatherBuffers buffers(of, a.threads, arena);
+    if (!arena.base) return true;
+    const double rate = rate_of(events, of, a);
+    if (a.sample || rate < 0) return rate >= 0;
+    of.choose_slices(rate);
+    load_kernels(of, a.weight, back, a.threads, buffers.weights);
+    load_bias(of, bias, buffers.bias);
+    gather(of, events, buffers, a.threads);
+    return true;
+}
+
 inline void convolution_forward(Convolution& a, Arena& arena) {
     const Images inputs = inputs_of(a), outputs = outputs_of(a);
     const Windows rows = rows_of(a, false, arena), columns = columns_of(a, false, arena);
-    Gather of{rows, columns, inputs, outputs, a.y};
-    const Events events(inputs, a.x, arena);
-    const GatherBuffers buffers(of, a.threads, arena);
-    if (!arena.base) return;
-    const double rate = rate_of(events, of, a);
-    a.y_by_events = rate >= 0;
-    if (a.sample || rate < 0) return;
-    of.choose_slices(rate);
-    load_kernels(of, a.weight, false, a.threads, buffers.weights);
-    load_bias(of, a.bias, buffers.bias);
-    gather(of, events, buffers, a.threads);
+    a.y_by_events = gather_by_events(a, {rows, columns, inputs, outputs, a.y}, a.x, a.bias, false, arena);
 }
 
 inline void convolution_backward(Convolution& a, Arena& arena) {
@@ -795,19 +861,8 @@ inline void convolution_backward(Convolution& a, Arena& arena) {
         if (arena.base) a.grad_weight_by_events = rate_of(events, of, a) >= 0;
         if (arena.base && !a.sample && a.grad_weight_by_events) scatter(of, events, buffers, a.threads, a.grad_weight);
     }
-    if (a.grad_x_by_events) {
-        Gather of{rows, columns, outputs, inputs, a.grad_x};
-        const Events events(outputs, a.grad_y, arena);
-        const GatherBuffers buffers(of, a.threads, arena);
-        if (!arena.base) return;
-        const double rate = rate_of(events, of, a);
-        a.grad_x_by_events = rate >= 0;
-        if (a.sample || rate < 0) return;
-        of.choose_slices(rate);
-        load_kernels(of, a.weight, true, a.threads, buffers.weights);
-        load_bias(of, nullptr, buffers.bias);
-        gather(of, events, buffers, a.threads);
-    }
+    if (a.grad_x_by_events)
+        a.grad_x_by_events = gather_by_events(a, {rows, columns, outputs, inputs, a.grad_x}, a.grad_y, nullptr, true, arena);
 }
 
 }  // namespace g2g::G2G_ISA

@@ -63,6 +63,7 @@ struct Kernels {
     void (*graph[2])(Graph&, Arena&);
     void (*linear[2])(Linear&, Arena&);
     void (*convolution[2])(Convolution&, Arena&);
+    void (*image_layer[2])(ImageLayer&, Arena&);
     void (*list_loop[2])(ListLoop&, Arena&);
     void (*neurons[2])(NeuronLoop&, Arena&);
     void (*list_network[2])(ListNetwork&, Arena&);

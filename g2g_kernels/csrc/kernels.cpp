@@ -17,6 +17,7 @@ const Kernels kernels = {};
 
 #include "convolution.h"
 #include "graph.h"
+#include "image_layer.h"
 #include "layout.h"
 #include "linear.h"
 #include "list_loop.h"
@@ -46,6 +47,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     G2G_TEXT(G2G_ISA), kBf16, kOptions, {stack_forward, stack_backward}, {graph_forward, graph_backward},
     {linear_forward, linear_backward}, {convolution_forward, convolution_backward},
+    {image_layer_forward, image_layer_backward},
     {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward},
     {list_network_forward, list_network_backward},
     {G2G_JOINED(G2G_ISA, _doubles)::list_network_forward, G2G_JOINED(G2G_ISA, _doubles)::list_network_backward}, unpack,

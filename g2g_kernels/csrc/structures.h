@@ -152,6 +152,36 @@ struct Convolution {
     int32_t sample;           // only find out, by a few numbers, which of these will be
 };
 
+// LIF neurons that are images, the convolution that they receive, and the maxima over windows of their spikes (image_layer.h). A
+// frame is an image of a sample in a step: number t · samples + b. Images that only layers read have their channels last, `lanes` of them
+// for each pixel, with numbers of no meaning behind the last channel; others are [C][H][W].
+struct ImageLayer {
+    // of frames of x, or of spikes; its sizes are those of the neurons, too; with `sample`, only which products are computed by events
+    // is found out
+    Convolution convolution;
+    Neurons neurons;          // with one β and one θ
+    int32_t samples, steps, lanes, in_lanes;
+    int32_t window_rows, window_columns, pooled_rows, pooled_columns;
+    uint64_t* inputs;         // the spikes that it receives, [frames][pixels][words]; null: x is given
+    const float* current;     // in place of a convolution, images of all frames, or `held` of all samples; null: there is one
+    int32_t held;
+    uint64_t *spikes, *pooled;  // out: [frames][pixels][words], and behind the windows; pooled null: there are none
+    float* states;            // out: the membranes of every frame, [frames][pixels][lanes]; null: not wanted
+    float* rates;             // out: [N]
+    float* last;              // out: [samples][N]
+    const float* state;       // [samples][N] before the first step; null: zeros
+    // the backward pass, of the samples from `first` on, `count` of them, as frames t · count + b − first
+    int32_t first, count;
+    const float* grad_spikes;  // [frames][pixels behind the windows][lanes]
+    const float *grad_rates, *grad_last;  // null: zeros
+    float* grad_inputs;       // out: [frames][pixels][in_lanes]; null: not wanted; of x, convolution.grad_x
+    float *grad_weight, *grad_bias;  // in and out: this is added; null: not wanted
+    float* grad_current;      // out, null: not wanted; images of frames t · current_samples + b − first, or `held` of samples b − first
+    int32_t current_samples;
+    float* grad_state;        // out, null: not wanted
+    double* grad_neurons;     // in and out: of β and of θ, this is added; null: not wanted
+};
+
 // Neurons that are joined to one another by weights in lists, which carry the spikes of each step into the next.
 struct ListLoop {
     Neurons neurons;

@@ -171,6 +171,8 @@ def test_what_a_convolution_cannot_have_is_refused():
             lambda: G2GConv2d.from_conv2d(nn.Conv2d(12, 20, 3, padding_mode="circular")),
             "padding_mode='circular' is not",
         ),
+        (lambda: setattr(G2GConv2d(12, 20, 3), "padding_mode", "circular"), "padding_mode='circular' is not"),
+        (lambda: layer(SPIKES.double()), "^x is torch.float64 and the weights are torch.float32; give x.to"),
         (lambda: layer(SPIKES[:, :5]), r"x has shape \[5, 5, 9, 8\]; give \[N, 12, H, W\]"),
         (lambda: DSTScheduler(layer, optimizer), "a correlation is of neurons, and layer 0 joins channels"),
     ):

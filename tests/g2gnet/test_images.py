@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.cpu import library
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import WAYS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -30,6 +31,7 @@ from g2gnet import (
 )
 from g2gnet.activity_recorder import received_in
 
+on_cpu = pytest.mark.skipif("cpu" not in backends_of(WAYS), reason="no compiled CPU kernels")
 every_backend = pytest.mark.parametrize("backend", backends_of(WAYS))
 
 
@@ -47,10 +49,12 @@ def linear(into: int, out: int, numbers: torch.Generator, **options) -> G2GLinea
 
 
 class Drawn:
-    """A random network of images, its inputs, and how it runs."""
+    """A random network of images, its inputs, and how it runs; or a ``chain`` without delays and dropout, whose images
+    may have more channels than a word has bits."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, chain: bool = False) -> None:
         draw, numbers = random.Random(seed), seeded(seed)
+        self.chain = chain
         self.steps, samples = draw.choice([1, 3, 6]), draw.choice([1, 2, 3])
         shape = self.shape = draw.choice([1, 2, 3]), draw.choice([1, 4, 7, 9]), draw.choice([1, 5, 8])
         self.held, self.last = draw.random() < 0.3, draw.random() < 0.3
@@ -59,17 +63,17 @@ class Drawn:
         self.x = x if self.held else x.unflatten(0, (self.steps, samples))
         self.populations: dict[str, LIF] = {}
         self.projections: list[Projection] = []
-        self.dropout = draw.choice([0.0, 0.0, 0.5])
+        self.dropout = 0.0 if chain else draw.choice([0.0, 0.0, 0.5])
         source, into = "input", shape
         for number in range(draw.choice([1, 2, 3])):
             modules, out = self._modules(draw, numbers, into)
             name = f"image{number}"
             self.populations[name] = self._lif(draw)
             self.projections.append(Projection(source, name, modules, self._delay(draw, numbers, into)))
-            if draw.random() < 0.3:
+            if draw.random() < 0.3 and not chain:
                 own = exact(G2GConv2d(out[0], out[0], 3, padding=1, bias=False), numbers)
                 self.projections.append(Projection(name, name, own, draw.choice([1, 1, 2])))
-            if number and draw.random() < 0.3:
+            if number and draw.random() < 0.3 and not chain:
                 flat = into[0] * into[1] * into[2], out[0] * out[1] * out[2]
                 back = linear(flat[1], flat[0], numbers, bias=False)
                 self.projections.append(Projection(name, source, back, draw.choice([1, 3])))
@@ -92,27 +96,29 @@ class Drawn:
             surrogate=draw.choice(["triangle", "atan"]), alpha=1.0,
         )  # fmt: skip
 
-    @staticmethod
-    def _delay(draw: random.Random, numbers: torch.Generator, shape: tuple[int, ...]):
+    def _delay(self, draw: random.Random, numbers: torch.Generator, shape: tuple[int, ...]):
+        if self.chain:
+            return 0
         each = torch.randint(0, 4, (shape[0] * shape[1] * shape[2],), generator=numbers)
         return draw.choice([0, 0, 0, 2, each])
 
-    @staticmethod
-    def _pool(draw: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
+    def _pool(self, draw: random.Random, shape: tuple[int, ...], before: bool) -> nn.Module | None:
         size = tuple(min(2, each) for each in shape[1:])
         if draw.random() < 0.5:
             return None
+        if self.chain and draw.random() < 0.8:
+            return nn.MaxPool2d((min(3, shape[1]), size[1]), ceil_mode=draw.random() < 0.5) if before else None
         options = {"ceil_mode": draw.random() < 0.3, "stride": draw.choice([None, 1])}
         maximum = nn.MaxPool2d(size, padding=draw.choice([0, tuple(each // 2 for each in size)]), **options)
         return draw.choice([maximum, nn.AvgPool2d(size, **options), SumPool2d(size)])
 
     def _modules(self, draw: random.Random, numbers: torch.Generator, shape: tuple[int, ...]):
         """The modules of a projection of images, and the shape of what they give."""
-        before = self._pool(draw, shape)
+        before = self._pool(draw, shape, before=True)
         inner = shape if before is None else tuple(before(torch.zeros(1, *shape)).shape[1:])
-        groups = inner[0] if draw.random() < 0.2 else 1
+        groups = inner[0] if draw.random() < (0.05 if self.chain else 0.2) else 1
         kernel = tuple(min(draw.choice([1, 2, 3]), each) for each in inner[1:])
-        out = groups * draw.choice([1, 2, 5])
+        out = groups * draw.choice([3, 16, 70, 130] if self.chain and groups == 1 else [1, 2, 5])
         mask = None
         if draw.random() < 0.3:
             layouts = GroupLayout(out, 1), GroupLayout(inner[0] // groups, 1)
@@ -122,7 +128,7 @@ class Drawn:
         options = {"groups": groups, "bias": draw.random() < 0.7, "mask": mask}
         layer = exact(G2GConv2d(inner[0], out, kernel, stride, padding, dilation, **options), numbers)
         found = tuple(layer(torch.zeros(1, *inner)).shape[1:])
-        after = self._pool(draw, found)
+        after = self._pool(draw, found, before=False)
         if before is None and mask is None and draw.random() < 0.1:  # a pool alone
             before, layer, after = SumPool2d(1), None, None
             found = shape
@@ -202,11 +208,13 @@ def applied(case, net, leaves, join, each, sent, t):
     return y.flatten(1)
 
 
-def check(seed: int, backend: str | None) -> int:
+def check(seed: int, backend: str | None, chain: bool = False) -> int:
     """Compares spikes and all gradients; returns the spikes of the hidden populations."""
-    case = Drawn(seed)
+    case = Drawn(seed, chain)
     torch.set_num_threads(case.threads)
     net = case.network(backend)
+    if chain:
+        assert net.explain(case.x).way.name == "cpu images"
     leaves, exact_x = weights_of(net), case.x.double().requires_grad_()
     wanted = by_steps(case, net, leaves, exact_x)
     slope = torch.linspace(-1, 1, 4, dtype=torch.float64)
@@ -265,6 +273,21 @@ def poisoned(monkeypatch):
 @every_backend
 def test_random_networks_against_a_loop_in_float64(backend, poisoned):
     assert sum(check(seed, backend) for seed in range(2, 7)) > 100
+
+
+@on_cpu
+@pytest.mark.parametrize("cost", [0, 1, float("inf")])  # by events, by the faster product, by dense ones
+def test_random_chains_of_images_against_a_loop_in_float64(cost, poisoned, monkeypatch):
+    monkeypatch.setattr(library, "CONVOLUTION_COST", cost)
+    assert sum(check(seed, "cpu", chain=True) for seed in range(4)) > 1000
+
+
+@on_cpu
+@pytest.mark.long
+@pytest.mark.parametrize("cost", [0, 1, float("inf")])
+def test_a_hundred_random_chains_of_images_against_a_loop_in_float64(cost, poisoned, monkeypatch):
+    monkeypatch.setattr(library, "CONVOLUTION_COST", cost)
+    assert sum(check(seed, None, chain=True) for seed in range(100, 200)) > 50000
 
 
 @pytest.mark.long

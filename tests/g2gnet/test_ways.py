@@ -49,8 +49,9 @@ NO_GRADIENT, NO_MEMBRANES = "gives spikes over time no gradient", "does not read
 NO_MODULE = "no module has to be called"
 HOOKS, IN_LISTS = "lif1 carries hooks", "the weights to population 0 lie in lists"
 CARRIED = "the delayed spikes to population 1 that come from a state have no gradient"
-KERNELS, TURN = ("cpu chain", "cpu graph", "cpu events", "cpu lists"), "operators in turn"
+KERNELS, TURN = ("cpu chain", "cpu graph", "cpu images", "cpu events", "cpu lists"), "operators in turn"
 NO_LISTS = "no weights lie in lists"
+NO_IMAGES = {"cpu images": "population 0 does not receive one convolution of what comes before it, and nothing else"}
 GRADIENTS = {
     "cpu events": "computes no gradients of the model 'lif' (population 0); "
     "call under torch.no_grad() if none is needed"
@@ -65,19 +66,21 @@ CASES = {
     "delays in chunks": (lambda: (small_net(delay=3), {"chunk": 2}), "cpu graph", {"cpu chain": CARRIED}),
     "cycle": (lambda: graph(feedback=3), "cpu graph", {"cpu chain": LATE.format(1, 3)}),
     "late recurrence": (lambda: graph(delay=18), "cpu graph", {"cpu chain": LATE.format(0, 18)}),
-    "lists": (lambda: graph(lists=True), "cpu lists", {"cpu chain": IN_LISTS, "cpu graph": IN_LISTS, **GRADIENTS}),
+    "lists": (lambda: graph(lists=True), "cpu lists", {
+        "cpu chain": IN_LISTS, "cpu graph": IN_LISTS, **NO_IMAGES, **GRADIENTS,
+    }),
     "lists without gradients": (lambda: graph(delay=18, lists=True).requires_grad_(False), "cpu events", {
-        "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS,
+        "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS, **NO_IMAGES,
     }),
     "lists with a delay": (lambda: graph(delay=18, lists=True), TURN, {
-        "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS, **GRADIENTS,
+        "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS, **NO_IMAGES, **GRADIENTS,
         "cpu lists": f"what population 0 sends {TURNS.format(18)}",
     }),
     "dropout": (lambda: small_net(dropout=0.3).train(), "cpu chain", {}),
     "state": (lambda: continued(small_net()), "cpu chain", {}),
     "hooks": (lambda: hooked(small_net()), "modules in turn", dict.fromkeys((*KERNELS, TURN), HOOKS)),
     "membranes": (lambda: (small_net(), {"membranes": True}), TURN, {
-        **dict.fromkeys(KERNELS, NO_MEMBRANES), "cpu events": NO_LISTS,
+        **dict.fromkeys(KERNELS, NO_MEMBRANES), **NO_IMAGES, "cpu events": NO_LISTS,
     }),
     "spikes": (lambda: (small_net(), {"spikes": True}), TURN, dict.fromkeys(KERNELS, NO_GRADIENT)),
     "cpu": (lambda: small_net(backend="cpu"), "cpu chain", {}),
@@ -131,7 +134,9 @@ def test_a_forced_backend_keeps_its_ways_and_an_error_lists_the_reason_of_each()
     net = small_net(backend="cpu").double()
     needs = "needs float32 tensors, not torch.float64"
     of_events = f"cpu events: {NO_LISTS}; cpu lists: {needs}"
-    with pytest.raises(BackendError, match=f"cpu chain, cpu graph: {needs}; {of_events}; {TURN}: cpu: {needs}"):
+    with pytest.raises(
+        BackendError, match=f"cpu chain, cpu graph, cpu images: {needs}; {of_events}; {TURN}: cpu: {needs}"
+    ):
         net(X.double())
 
 

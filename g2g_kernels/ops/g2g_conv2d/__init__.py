@@ -43,7 +43,7 @@ def g2g_conv2d(
         [N, out, rows, columns], channels last in memory if x or the weight is.
 
     Raises:
-        ValueError: for tensors and options that do not match, or an unknown backend.
+        ValueError: for tensors, dtypes and options that do not match, or an unknown backend.
         BackendError: if the forced backend cannot serve the call.
 
     Example:
@@ -76,6 +76,8 @@ def g2g_conv2d(
             f"images of {x.shape[2]} × {x.shape[3]} with padding {padding} are smaller than the kernel, "
             f"{kernel[0]} × {kernel[1]} with dilation {dilation}"
         )
+    if reason := reference.refuses(x, weight, bias):  # which every backend's reasons would only surround
+        raise ValueError(reason)
     if is_transformed((x, weight, bias)):
         return reference.g2g_conv2d(x, weight, bias, stride, padding, dilation, groups)
     return operator(x, weight, bias, stride, padding, dilation, groups, backend=backend)

@@ -6,6 +6,7 @@ of the weight by those of x, the gradient of x by those of ∂y. The kernels dec
 PyTorch's own convolution (oneDNN) computes the others.
 """
 
+from collections.abc import Sequence
 from ctypes import Structure
 from typing import Any
 
@@ -46,16 +47,23 @@ def refuses(
         return "computes in float32, not under autocast"
     if x.numel() == 0 or weight.numel() == 0:
         return "needs an input and a weight that are not empty"
-    kernel = weight.shape[2:]
-    rows, columns = output_size(x.shape[2:], kernel, stride, padding, dilation)
-    of_group = x.shape[1] // groups, weight.shape[0] // groups
-    if max(x.shape[3] * of_group[0], columns * of_group[1]) > MOST_PLACES:
+    return refuses_sizes(x.shape[1:], weight.shape, (stride, padding, dilation, groups))
+
+
+def refuses_sizes(image: Sequence[int], weight: Sequence[int], options: tuple[Pair, Pair, Pair, int]) -> str | None:
+    """Why these kernels cannot serve images [C, H, W] and a weight of that shape, with stride, padding, dilation and
+    groups, or None."""
+    stride, padding, dilation, groups = options
+    kernel = weight[2:]
+    rows, columns = output_size(image[1:], kernel, stride, padding, dilation)
+    of_group = image[0] // groups, weight[0] // groups
+    if max(image[2] * of_group[0], columns * of_group[1]) > MOST_PLACES:
         return f"serves rows of at most {MOST_PLACES} numbers, columns times channels of a group"
     if kernel[0] > MOST_ROWS:
         return f"serves kernels of at most {MOST_ROWS} rows"
     if max((size - 1) * apart for size, apart in zip(kernel, dilation, strict=True)) > MOST_REACH:
         return f"serves kernels that reach at most {MOST_REACH} places"
-    return too_large(rows=max(rows, *x.shape[2:]), padding=max(padding), stride=max(stride))
+    return too_large(rows=max(rows, *image[1:]), padding=max(padding), stride=max(stride))
 
 
 def g2g_conv2d(

@@ -84,6 +84,6 @@ def explain(
         >>> population = Population(Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0]))), (of_input,))
         >>> print(explain(torch.rand(20, 2, 8), [population], backend="cpu", spikes=True))
         g2g_stack runs by operators in turn
-          not cpu chain, cpu graph, cpu events, cpu lists: gives spikes over time no gradient
+          not cpu chain, cpu graph, cpu images, cpu events, cpu lists: gives spikes over time no gradient
     """
     return choose(Call(x, tuple(populations or ()), steps, backend=backend, **options), chunk)

@@ -1,8 +1,8 @@
 """The table of ways to run a network, and the choice among them.
 
-In order of preference: Triton's chain; the CPU's chain, graph, events and lists; operators in turn on the network's
-backend; ``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before the
-choice (:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
+In order of preference: Triton's chain; the CPU's chain, graph, images, events and lists; operators in turn on the
+network's backend; ``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before
+the choice (:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
 """
 
 import math
@@ -20,7 +20,7 @@ from g2g_kernels.ops.g2g_conv2d import g2g_conv2d
 from g2g_kernels.ops.g2g_conv2d import operator as convolution_operator
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import operator as linear_operator
-from g2g_kernels.ops.g2g_stack import cpu, events, graph, recurrent_lists, reference
+from g2g_kernels.ops.g2g_stack import cpu, events, graph, image_layers, recurrent_lists, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Synapses
 from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked, checked_sparse
 from g2g_kernels.ops.g2g_stack.chunks import SparseSteps, in_chunks
@@ -97,6 +97,7 @@ WAYS = Operator("g2g_stack")
 WAYS.register_module("triton", _triton, "triton chain")
 WAYS.register("cpu", partial(cpu.g2g_stack, again=graph.g2g_graph), cpu.refuses, "cpu chain")
 WAYS.register("cpu", graph.g2g_graph, graph.refuses, "cpu graph")
+WAYS.register("cpu", partial(image_layers.g2g_images, again=lambda call: run(call)), image_layers.refuses, "cpu images")
 WAYS.register("cpu", events.g2g_events, events.refuses, "cpu events")
 WAYS.register("cpu", recurrent_lists.g2g_lists, recurrent_lists.refuses, "cpu lists")
 WAYS.register(ANY, run_operators, refuses_operators, "operators in turn")

@@ -28,6 +28,7 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_stack.cpu import PackedWords
 from g2g_kernels.ops.g2g_stack.delays import Delay
+from g2g_kernels.ops.g2g_stack.images import Convolution, Images, Pool
 from g2g_kernels.ops.neurons import MODELS, run_neurons
 from g2g_kernels.ops.record import TENSOR, Differentiable, RecordOperator, arguments, built, opened
 
@@ -160,6 +161,20 @@ def every_call(backend: str, patch: pytest.MonkeyPatch) -> list:
         result = g2g_stack(of_size(3, samples), layers, backend=backend)
         (result.counts.sum() + sum(state.sum() for state in result.states)).backward()
         result.spikes[0].dense()
+    if backend == "cpu":  # images
+        shape, options = (1, 2, 3), Convolution((1, 1), (1, 1), (1, 1), 1)
+        pool = Pool("max", (2, 2), (2, 2))
+        of_layers, source = [], -1
+        for before in ((), (pool,)):
+            images = Images(shape, before, options)
+            values, bias = torch.rand(1, 1, 3, 3).requires_grad_(), torch.rand(1).requires_grad_()
+            feed = Connection("convolution", values, None, source, None, bias, images=images)
+            parameters = torch.rand(1).requires_grad_(), torch.rand(1).requires_grad_()
+            state = torch.rand(1, samples, 6 if source < 0 else 1).requires_grad_()
+            of_layers.append(Population(Neurons("lif", parameters, "zero"), (feed,), None, state))
+            source = 0
+        result = g2g_stack(of_size(3, samples), of_layers, backend=backend)
+        (result.counts.sum() + sum(state.sum() for state in result.states)).backward()
     if backend == "cpu":  # lists by events
         late = Connection("linear", *weights(1), 0, Delay(1, 2, torch.ones(size, dtype=torch.int64)))
         of_inputs = [Connection("linear", *weights(1), -1, delay, of_size()) for delay in (None, Delay(1, 1))]
@@ -187,7 +202,7 @@ def test_hand_made_calls_are_refused_where_a_kernel_would_read_or_write_outside(
     """Each tensor of each operator's call, made shorter or of fewer bytes."""
     every = every_call("cpu", monkeypatch)
     names = {operator.overload.name() for operator, *_ in every}
-    kinds = ("linear", "neurons", "stack", "graph", "loop", "events")
+    kinds = ("linear", "neurons", "stack", "graph", "images", "loop", "events")
     both = {f"g2g::{kind}_{way}" for kind in kinds for way in ("forward", "backward")}
     assert names == {*both, "g2g::unpack_spikes"}
     for operator, record, more in every:

@@ -1,0 +1,475 @@
+// LIF neurons that are images, behind a convolution of spikes, and the maxima over windows of their spikes: one pass over the
+// frames of a layer forward, one backward. Between layers spikes are bits; gradients are floats with the channels last.
+//
+//   forward   U_t = β·U_{t−1} + (w ⋆ x_t + b) − θ·R_t by gather(), row by row: currents do not leave the L1 cache
+//   backward  δ_t = e_t + β·δ_{t+1} (0 in place of δ_{t+1} where reset "zero" has discharged U_t), e_t = σ'(U_t − θ)·∂L/∂S_t
+//             ∂b = Σ δ_t;  ∂w by the events of x_t (Chunk);  ∂β = Σ δ_t·U_{t−1};  ∂θ = −Σ (e_t + R_t·δ_t)
+//             ∂x_t = Wᵀ·e_t + β·∂x_{t+1}, or Wᵀ·δ_t after that reset, by the events of e_t, or of δ_t
+//
+// Behind windows a gradient reaches the first spike of a window, or its first neuron if none has fired, as in PyTorch. Where it
+// reaches no neuron, e_t is 0 whatever σ' is.
+#pragma once
+
+#include "convolution.h"
+#include "neurons.h"
+#include "parameters.h"
+
+namespace g2g::G2G_ISA {
+
+// Places of events that are listed at a time.
+constexpr int64_t kListedTogether = 1 << 20;
+
+// What both passes know of a layer.
+struct LayerShape {
+    const ImageLayer& a;
+    Images inputs, outputs;
+    int64_t words, pixels, lanes = a.lanes;
+    int64_t pooled_pixels = int64_t{a.pooled_rows} * a.pooled_columns;
+
+    explicit LayerShape(const ImageLayer& layer)
+        : a(layer), inputs(inputs_of(layer.convolution)), outputs(outputs_of(layer.convolution)), words(outputs.words), pixels(outputs.pixels) {}
+
+    bool pools() const { return a.pooled; }
+    int64_t frame(int64_t t, int64_t b) const { return t * a.samples + b; }
+    uint64_t* spikes(int64_t t, int64_t b, int64_t y) const {
+        return a.spikes + (frame(t, b) * pixels + y * outputs.width) * words;
+    }
+    float* states(int64_t t, int64_t b, int64_t y) const { return a.states + (frame(t, b) * pixels + y * outputs.width) * lanes; }
+    const float* current(int64_t t, int64_t b) const { return a.current + (a.held ? b : frame(t, b)) * outputs.floats; }
+    float beta() const { return std::clamp(*a.neurons.parameters[0].value, 0.0f, 1.0f); }
+    float threshold() const { return *a.neurons.parameters[1].value; }
+    Events events(Arena& arena) const {
+        return a.inputs ? Events(inputs, a.inputs, arena) : Events(inputs, a.convolution.x, arena);
+    }
+    // The neurons as images with the channels first.
+    Images first_in_memory() const {
+        Images of = outputs;
+        of.last = false;
+        return of;
+    }
+    // The share of numbers of the inputs that are not 0; finds them if they are not spikes.
+    double input_rate(const Events& events) const {
+        const int threads = a.convolution.threads;
+        const int64_t found = a.inputs ? events.count(threads) : events.find(threads);
+        return static_cast<double>(found) / static_cast<double>(inputs.floats * inputs.count);
+    }
+    // Row y of images [C][H][W], or of others, with 0 behind the last of n channels.
+    void load_row(const Images& of, const float* image, int64_t y, int64_t first, int64_t n, float* out, int64_t stride) const {
+        if (n < stride) zero(out, of.width * stride * sizeof(float));
+        of.load_row(image, y, first, n, 0, of.width, out, stride);
+    }
+    void load_row(const float* image, int64_t y, float* out) const {
+        load_row(first_in_memory(), image, y, 0, outputs.channels, out, lanes);
+    }
+    void store_row(float* image, int64_t y, const float* from, int64_t stride) const {
+        first_in_memory().store_row(image, y, 0, outputs.channels, from, stride);
+    }
+    // The channels of word w.
+    uint64_t valid(int64_t w) const {
+        const int64_t n = outputs.channels - w * kLanes;
+        return n < kLanes ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
+    }
+};
+
+// --- forward ----------------------------------------------------------------------------------------------------------------
+
+struct ImageForward : LayerShape {
+    const Gather& of;
+    const Events& events;
+    const GatherBuffers& buffers;
+    float *membranes, *counts;  // [workers][pixels of a band][lanes], [workers][pixels][lanes]
+
+    // Row y of the neurons in a step: the channels from `first` on, `vecs` vectors of them.
+    template <class R>
+    void fire(R reset, int64_t t, int64_t b, int64_t y, int64_t first, int64_t vecs, const float* current, float* membrane,
+              float* count) const {
+        const Vec p[2] = {all(beta()), all(threshold())};
+        const int64_t last = (first + vecs * W - 1) / kLanes;
+        uint64_t* out = spikes(t, b, y);
+        float* kept = a.states ? states(t, b, y) + first : nullptr;
+        for (int64_t x = 0; x < outputs.width; ++x, out += words, current += vecs * W, membrane += lanes, count += lanes) {
+            for (int64_t v = 0; v < vecs; ++v) {
+                Vec state[1] = {load(membrane + v * W)};
+                Lif::charge(state, load(current + v * W), p, reset);
+                store(membrane + v * W, state[0]);
+                store(count + v * W, load(count + v * W) + heaviside(state[0], p[1]));
+                if (kept) stream(kept + x * lanes + v * W, state[0]);
+                const int64_t lane = first + v * W, place = lane % kLanes;
+                const uint64_t fired = greater_bits(state[0], p[1]) << place;
+                out[lane / kLanes] = place ? out[lane / kLanes] | fired : fired;
+            }
+            out[last] &= valid(last);
+        }
+    }
+
+    // Rows begin … end − 1 behind the windows.
+    void pool(int64_t t, int64_t b, int64_t begin, int64_t end) const {
+        for (int64_t y = begin; y < end; ++y)
+            for (int64_t x = 0; x < a.pooled_columns; ++x) {
+                uint64_t* out = a.pooled + (frame(t, b) * pooled_pixels + y * a.pooled_columns + x) * words;
+                const int64_t bottom = least(outputs.height, (y + 1) * a.window_rows), right = least(outputs.width, (x + 1) * a.window_columns);
+                for (int64_t w = 0; w < words; ++w) {
+                    uint64_t any = 0;
+                    for (int64_t i = y * a.window_rows; i < bottom; ++i)
+                        for (int64_t k = x * a.window_columns; k < right; ++k) any |= spikes(t, b, i)[k * words + w];
+                    out[w] = any;
+                }
+            }
+    }
+
+    // Rows begin … end − 1 of a sample in all steps.
+    template <class R>
+    void run(R reset, int64_t b, int64_t begin, int64_t end, int worker) const {
+        int64_t lowest;
+        const int64_t rows = GatherBuffers::sources_of(of.rows, begin, end, lowest), width = outputs.width;
+        EventRows lists[kMostTogether];
+        const uint8_t* valued[kMostTogether];
+        float* const membrane = membranes + worker * buffers.band * width * lanes;
+        float* const row = buffers.rows + worker * buffers.of_rows;
+        if (!a.state) zero(membrane, (end - begin) * width * lanes * sizeof(float));
+        for (int64_t y = begin; a.state && y < end; ++y)
+            load_row(a.state + b * outputs.floats, y, membrane + (y - begin) * width * lanes);
+        for (int64_t t = 0; t < a.steps; t += buffers.together) {
+            const int64_t steps = least(buffers.together, a.steps - t);
+            for (int64_t i = 0; i < steps && !a.current; ++i) {
+                lists[i] = {buffers.lists, events, frame(t + i, b), 0, lowest, rows, buffers.tallest, worker * buffers.together + i};
+                valued[i] = events.valued + frame(t + i, b);
+            }
+            each_strip(of.vecs(), outputs.channels, [&](int64_t first, int vecs) {
+                const int64_t of_row = vecs * W * width, n = least(vecs * W, outputs.channels - first);
+                const auto place = [&](int64_t i, int64_t y) {  // of one pass, neurons take a row at once
+                    return of.slices == 1 ? row : row + (i * buffers.band + y - begin) * of_row;
+                };
+                const auto finished = [&](int64_t i, int64_t y) {
+                    const int64_t at = (y - begin) * width * lanes + first;
+                    fire(reset, t + i, b, y, first, vecs, place(i, y), membrane + at,
+                         counts + (worker * pixels + y * width) * lanes + first);
+                };
+                if (!a.current)
+                    return gather_strip(of, lists, valued, steps, begin, end, vecs, buffers.weights + first * of.taps() * inputs.channels,
+                                        buffers.bias + first, vecs * W, false, place, finished);
+                for (int64_t y = begin; y < end; ++y)
+                    for (int64_t i = 0; i < steps; ++i) {
+                        load_row(outputs, current(t + i, b), y, first, n, row, vecs * W);
+                        finished(i, y);
+                    }
+            });
+            const int64_t bottom = end == outputs.height ? a.pooled_rows : end / a.window_rows;
+            for (int64_t i = 0; i < steps && pools(); ++i) pool(t + i, b, begin / a.window_rows, bottom);
+        }
+        for (int64_t y = begin; y < end; ++y)
+            store_row(a.last + b * outputs.floats, y, membrane + (y - begin) * width * lanes, lanes);
+        stream_fence();
+    }
+
+};
+
+inline void image_layer_forward(ImageLayer& a, Arena& arena) {
+    const int threads = a.convolution.threads;
+    const LayerShape shape(a);
+    const Images &inputs = shape.inputs, &outputs = shape.outputs;
+    const Windows rows = rows_of(a.convolution, false, arena), columns = columns_of(a.convolution, false, arena);
+    Gather of{rows, columns, inputs, outputs, nullptr};
+    const Events events = shape.events(arena);
+    // bands of whole windows, as many as there are threads
+    const int64_t band = divide_up(GatherBuffers::band_of(of, divide_up(4 * threads, a.samples)), a.window_rows) * a.window_rows;
+    const int64_t listed = EventRows::room(inputs, least(inputs.height, rows.span(band)));
+    const int64_t together = most(1, least(least(kMostTogether, a.steps), kListedTogether / listed));
+    const GatherBuffers buffers(of, together, band, threads, arena);
+    const ImageForward layer{shape, of, events, buffers, arena.take<float>(threads * band * outputs.width * a.lanes),
+                             arena.take<float>(threads * outputs.pixels * a.lanes)};
+    if (!arena.base) return;
+    if (!a.current) {
+        const double rate = layer.input_rate(events);
+        a.convolution.y_by_events = a.convolution.event_cost * of.cost(rate).relative_in_layer() <= 1;
+        if (!a.convolution.y_by_events) return;
+        of.choose_slices(rate);
+        load_kernels(of, a.convolution.weight, false, threads, buffers.weights);
+        load_bias(of, a.convolution.bias, buffers.bias);
+    }
+    zero_floats(layer.counts, threads * outputs.pixels * a.lanes, threads);
+    const int64_t bands = divide_up(outputs.height, band);
+    choose(Resets{}, a.neurons.reset, [&](auto reset) {
+        parallel_pairs(threads, a.samples, bands, 1, [&](int64_t b, int64_t i, int worker) {
+            layer.run(reset, b, i * band, least(outputs.height, (i + 1) * band), worker);
+        });
+    });
+    const float share = 1.0f / (static_cast<float>(a.samples) * static_cast<float>(a.steps));
+    parallel(threads, outputs.height, 4, [&](int64_t y, int) {
+        float* const row = layer.counts + y * outputs.width * a.lanes;
+        for (int64_t i = 0; i < outputs.width * a.lanes; ++i) {
+            float sum = row[i];
+            for (int worker = 1; worker < threads; ++worker) sum += row[worker * outputs.pixels * a.lanes + i];
+            row[i] = sum * share;
+        }
+        layer.store_row(a.rates, y, row, a.lanes);
+    });
+}
+
+// --- backward ---------------------------------------------------------------------------------------------------------------
+
+struct ImageBackward : LayerShape {
+    const Gather& of;  // the inputs
+    const Scatter& weights;
+    const Events& events;
+    const GatherBuffers& buffers;
+    const ScatterBuffers& sums;
+    const EventRows& lists;
+    int64_t left, top;  // of the frame that holds δ
+    // [pixels][lanes] of ∂L/∂rates in each step; [workers][pixels][in_lanes] of ∂x_{t+1}; [workers][pixels][padded] of Σ δ_t; of each
+    // worker a row of pixels; of each sample [padded] of ∂b; of each sample ∂β and ∂θ
+    float *rates, *received, *held, *row, *bias;
+    double* neurons;
+    int64_t padded = weights.padded, wide = sums.wide;
+
+    // A sample in a step.
+    struct Frame {
+        int64_t t, b;
+        int worker;
+        float* delta;  // of pixel (0, 0), in the frame
+        EventRows list;
+    };
+
+    // The channels of word w of pixel (y, x) that a gradient behind the windows reaches.
+    uint64_t chosen(const Frame& at, int64_t y, int64_t x, int64_t w) const {
+        if (!pools()) return valid(w);
+        const int64_t upper = y - y % a.window_rows, left = x - x % a.window_columns;
+        const int64_t bottom = least(outputs.height, upper + a.window_rows), right = least(outputs.width, left + a.window_columns);
+        uint64_t before = 0, any = 0;
+        for (int64_t i = upper; i < bottom; ++i)
+            for (int64_t k = left; k < right; ++k) {
+                if (i == y && k == x) before = any;
+                any |= spikes(at.t, at.b, i)[k * words + w];
+            }
+        const uint64_t own = spikes(at.t, at.b, y)[x * words + w] & ~before;
+        return valid(w) & (y == upper && x == left ? own | ~any : own);
+    }
+
+    // δ_t of a frame from δ_{t+1}, in its place, and the list of what its inputs receive. `whole`: with the sums of parameters, and
+    // after any reset; else membranes are read only where a gradient reaches them.
+    template <class S, bool whole>
+    void step(Frame& at) const {
+        const Vec decay = all(beta()), theta = all(threshold());
+        const Steepness alpha = steepness(a.neurons);
+        const bool zeros = a.neurons.reset == kZero, subtracts = a.neurons.reset == kSubtract;
+        const bool last = a.grad_last && at.t + 1 == a.steps, lists_delta = zeros || last;
+        float* const row_bias = row + at.worker * (outputs.width + 1) * lanes;
+        float* const row_last = row_bias + lanes;
+        double to_beta = 0, to_theta = 0;
+        int32_t n = 0;
+        for (int64_t y = 0; y < outputs.height; ++y) {
+            const float* u = states(at.t, at.b, y);
+            const int64_t pooled_y = y / a.window_rows;
+            float* delta = at.delta + y * wide * padded;
+            Vec beta_sum = {}, theta_sum = {};
+            zero(row_bias, padded * sizeof(float));
+            if (last) load_row(a.grad_last + at.b * outputs.floats, y, row_last);
+            for (int64_t x = 0; x < outputs.width; ++x, delta += padded, u += lanes) {
+                at.list.starts[y * (outputs.width + 1) + x] = n;
+                const int64_t pooled_x = x / a.window_columns, number = at.t * a.count + at.b - a.first;
+                const bool inside = pooled_y < a.pooled_rows && pooled_x < a.pooled_columns;
+                const int64_t place = inside ? number * pooled_pixels + pooled_y * a.pooled_columns + pooled_x : 0;
+                const float* g = a.grad_spikes + place * lanes;
+                const float* of_rate = a.grad_rates ? rates + (y * outputs.width + x) * lanes : nullptr;
+                for (int64_t w = 0; w < words; ++w) {
+                    const uint64_t reached = inside ? chosen(at, y, x, w) : 0;
+                    uint64_t listed = 0;
+                    int64_t found = n;
+                    for (int64_t lane = w * kLanes; lane < least(padded, (w + 1) * kLanes); lane += W) {
+                        const uint64_t bits = reached >> lane % kLanes & (~uint64_t{0} >> (64 - W));
+                        const Vec later = load(delta + lane);
+                        Vec now = decay * later, e = {};
+                        if (whole || bits || of_rate) {
+                            const Vec membrane = load(u + lane);
+                            Vec grad = load_chosen(Vec{}, g + lane, static_cast<uint32_t>(bits));
+                            if (of_rate) grad += load(of_rate + lane);
+                            e = S::derivative(membrane - theta, alpha) * grad;
+                            if constexpr (whole) {
+                                const IntVec fired = membrane > theta;
+                                const Vec discharged = zeros ? (fired ? Vec{} : later) : later;
+                                now = decay * discharged;
+                                beta_sum += discharged * membrane;
+                                theta_sum -= e;
+                                if (subtracts) theta_sum -= fired ? later : Vec{};
+                            }
+                            now += e;
+                        }
+                        if (last) now += load(row_last + x * lanes + lane);
+                        store(delta + lane, now);
+                        store(row_bias + lane, load(row_bias + lane) + now);
+                        const Vec value = lists_delta ? now : e;
+                        const uint64_t kept = nonzero_bits(value);
+                        listed |= kept << lane % kLanes;
+                        store_chosen(at.list.values + found, value, kept);
+                        found += __builtin_popcountll(kept);
+                    }
+                    n += append_bits(at.list.places + n, listed & valid(w), x * outputs.channels + w * kLanes);
+                }
+            }
+            at.list.starts[y * (outputs.width + 1) + outputs.width] = n;
+            float* const of_bias = bias + (at.b - a.first) * padded;
+            for (int64_t lane = 0; lane < padded; lane += W) store(of_bias + lane, load(of_bias + lane) + load(row_bias + lane));
+            to_beta += sum_of(beta_sum), to_theta += sum_of(theta_sum);
+            give_current(at, y);
+        }
+        neurons[(at.b - a.first) * 2] += to_beta, neurons[(at.b - a.first) * 2 + 1] += to_theta;
+    }
+
+    // Row y of δ as the gradient of the current, the sum over all steps if that is held.
+    void give_current(const Frame& at, int64_t y) const {
+        if (!a.grad_current) return;
+        const float* delta = at.delta + y * wide * padded;
+        if (a.held) {
+            float* const sum = held + (at.worker * pixels + y * outputs.width) * padded;
+            for (int64_t i = 0; i < outputs.width * padded; i += W) store(sum + i, (at.t + 1 < a.steps ? load(sum + i) : Vec{}) + load(delta + i));
+            if (!at.t) outputs.store_row(a.grad_current + (at.b - a.first) * outputs.floats, y, 0, outputs.channels, sum, padded);
+        } else {
+            outputs.store_row(a.grad_current + (at.t * a.current_samples + at.b - a.first) * outputs.floats, y, 0, outputs.channels, delta, padded);
+        }
+    }
+
+    // The share of neurons that a gradient reaches in a step, and of what the inputs receive, by a sample of membranes.
+    double reached_rate() const {
+        if (a.neurons.reset == kZero) return 1;  // δ, which does not end with the step
+        constexpr int64_t kSamples = 256;
+        const int64_t size = a.samples * a.steps * pixels * lanes / W, samples = least(size, kSamples);
+        int64_t found = 0;
+        for (int64_t i = 0; i < samples; ++i)
+            found += __builtin_popcountll(nonzero_bits(
+                AnySurrogate::derivative(load(a.states + size / samples * i * W) - all(threshold()), steepness(a.neurons))));
+        const double reached = static_cast<double>(found) / static_cast<double>(samples * W);
+        return a.grad_rates ? reached : reached * static_cast<double>(pooled_pixels) / static_cast<double>(pixels);
+    }
+
+    // The step before the first, whose membranes are given, or 0.
+    void begin(const Frame& at) const {
+        if (!a.grad_state && !(a.grad_neurons && (a.state || threshold() < 0))) return;
+        const Vec decay = all(beta()), theta = all(threshold());
+        const bool zeros = a.neurons.reset == kZero, subtracts = a.neurons.reset == kSubtract;
+        float* const u = row + at.worker * (outputs.width + 1) * lanes;
+        for (int64_t y = 0; y < outputs.height; ++y) {
+            float* delta = at.delta + y * wide * padded;
+            Vec beta_sum = {}, theta_sum = {};
+            if (a.state)
+                load_row(a.state + at.b * outputs.floats, y, u);
+            else
+                zero(u, outputs.width * lanes * sizeof(float));
+            for (int64_t x = 0; x < outputs.width; ++x)
+                for (int64_t lane = 0; lane < padded; lane += W) {
+                    const Vec membrane = load(u + x * lanes + lane), later = load(delta + x * padded + lane);
+                    const IntVec fired = membrane > theta;
+                    const Vec discharged = zeros ? (fired ? Vec{} : later) : later;
+                    beta_sum += discharged * membrane;
+                    if (subtracts) theta_sum -= fired ? later : Vec{};
+                    store(delta + x * padded + lane, decay * discharged);
+                }
+            neurons[(at.b - a.first) * 2] += sum_of(beta_sum), neurons[(at.b - a.first) * 2 + 1] += sum_of(theta_sum);
+            if (a.grad_state) store_row(a.grad_state + at.b * outputs.floats, y, delta, padded);
+        }
+    }
+
+    // What the inputs receive in a step.
+    void give_inputs(const Frame& at) const {
+        float* const to = received + at.worker * inputs.pixels * a.in_lanes;
+        float* const sum = buffers.rows + at.worker * buffers.of_rows;
+        const bool decays = a.neurons.reset != kZero;
+        const Vec decay = all(beta());
+        const uint8_t valued = 1;
+        const uint8_t* const of_list = &valued;
+        each_strip(of.vecs(), inputs.channels, [&](int64_t first, int vecs) {
+            gather_strip(of, &at.list, &of_list, 1, 0, inputs.height, vecs, buffers.weights + first * of.taps() * outputs.channels,
+                         buffers.bias + first, vecs * W, false, [&](int64_t, int64_t) { return sum; }, [&](int64_t, int64_t y) {
+                float* const place = to + y * inputs.width * a.in_lanes + first;
+                const int64_t number = at.t * a.count + at.b - a.first;
+                float* const out = a.grad_inputs ? a.grad_inputs + (number * inputs.pixels + y * inputs.width) * a.in_lanes + first : nullptr;
+                for (int64_t x = 0; x < inputs.width; ++x)
+                    for (int64_t v = 0; v < vecs * W; v += W) {
+                        float* const p = place + x * a.in_lanes + v;
+                        const Vec now = load(sum + x * vecs * W + v), total = decays && at.t + 1 < a.steps ? decay * load(p) + now : now;
+                        store(p, total);
+                        if (out) store(out + x * a.in_lanes + v, total);
+                    }
+                if (a.convolution.grad_x)
+                    inputs.store_row(a.convolution.grad_x + frame(at.t, at.b) * inputs.floats, y, first, least(vecs * W, inputs.channels - first),
+                                     place, a.in_lanes);
+            });
+        });
+    }
+
+    template <class S>
+    void run(int64_t b, int worker) const {
+        Frame at{0, b, worker, nullptr, lists};
+        at.list.places += worker * EventRows::room(outputs, outputs.height);
+        at.list.values += worker * EventRows::room(outputs, outputs.height);
+        at.list.starts += worker * outputs.height * (outputs.width + 1);
+        Chunk chunk{weights, events, sums, 0, 1, 0, inputs.height, worker};
+        chunk.left = left, chunk.top = top;
+        at.delta = chunk.frame - (top * wide + left) * padded;
+        zero(chunk.frame, sums.frame_floats(weights) * sizeof(float));
+        zero(bias + (b - a.first) * padded, padded * sizeof(float));
+        neurons[(b - a.first) * 2] = neurons[(b - a.first) * 2 + 1] = 0;
+        float* const to = sums.sums + (b - a.first) * weights.size;
+        if (a.grad_weight) zero(to, weights.size * sizeof(float));
+        const bool whole = a.grad_neurons || a.neurons.reset == kZero;
+        for (at.t = a.steps - 1; at.t >= 0; --at.t) {
+            whole ? step<S, true>(at) : step<S, false>(at);
+            chunk.image = frame(at.t, b);
+            if (a.grad_weight) chunk.add_group(0, to);
+            if (a.grad_inputs || a.convolution.grad_x) give_inputs(at);
+        }
+        begin(at);
+    }
+};
+
+inline void image_layer_backward(ImageLayer& a, Arena& arena) {
+    const Convolution& c = a.convolution;
+    const LayerShape shape(a);
+    const Images &inputs = shape.inputs, &outputs = shape.outputs;
+    const Windows rows = rows_of(c, true, arena), columns = columns_of(c, true, arena);
+    Gather of{rows, columns, outputs, inputs, nullptr};
+    Scatter weights{rows, columns, inputs, outputs, nullptr};
+    weights.together = 1, weights.band = inputs.height, weights.parts = a.count;
+    // a frame of all outputs, and of the places around them that a tap may read
+    const int64_t left = -most(0, divide_up(columns.reach - c.padding_x, c.stride_x)), top = -most(0, divide_up(rows.reach - c.padding_y, c.stride_y));
+    const int64_t wide = most(outputs.width, (inputs.width - 1 + c.padding_x) / c.stride_x + 1) - left;
+    const int64_t tall = most(outputs.height, (inputs.height - 1 + c.padding_y) / c.stride_y + 1) - top;
+    const Events events = shape.events(arena);
+    const GatherBuffers buffers(of, 1, 1, c.threads, arena);
+    const ScatterBuffers sums(weights, wide, tall, c.threads, arena);
+    const EventRows lists(outputs, outputs.height, c.threads, arena);
+    const ImageBackward layer{shape, of, weights, events, buffers, sums, lists, left, top,
+                              arena.take<float>(outputs.pixels * a.lanes),
+                              arena.take<float>(c.threads * inputs.pixels * a.in_lanes),
+                              arena.take<float>(a.held ? c.threads * outputs.pixels * weights.padded : 0),
+                              arena.take<float>(c.threads * (outputs.width + 1) * a.lanes),
+                              arena.take<float>(a.count * weights.padded),
+                              arena.take<double>(2 * a.count)};
+    if (!arena.base) return;
+    if (c.sample) {
+        const auto faster = [&](const ProductCost& cost) { return c.event_cost * cost.relative_in_layer() <= 1; };
+        a.convolution.grad_weight_by_events = c.grad_weight_by_events && faster(weights.cost(shape.input_rate(events)));
+        a.convolution.grad_x_by_events = c.grad_x_by_events && faster(of.cost(layer.reached_rate()));
+        return;
+    }
+    if (!a.inputs && a.grad_weight) events.find(c.threads);
+    if (a.grad_inputs || c.grad_x) {
+        load_kernels(of, c.weight, true, c.threads, buffers.weights);
+        load_bias(of, nullptr, buffers.bias);
+    }
+    if (a.grad_rates) {
+        const Vec share = all(1.0f / (static_cast<float>(a.samples) * static_cast<float>(a.steps)));
+        for (int64_t y = 0; y < outputs.height; ++y) layer.load_row(a.grad_rates, y, layer.rates + y * outputs.width * a.lanes);
+        for (int64_t i = 0; i < outputs.pixels * a.lanes; i += W) store(layer.rates + i, load(layer.rates + i) * share);
+    }
+    choose(Surrogates{}, a.neurons.surrogate, [&](auto surrogate) {
+        using S = std::conditional_t<infrequent<decltype(surrogate)>, AnySurrogate, decltype(surrogate)>;
+        parallel(c.threads, a.count, 1, [&](int64_t i, int worker) { layer.run<S>(a.first + i, worker); });
+    });
+    if (a.grad_weight) sum_parts(weights, sums, a.count, c.threads, true, a.grad_weight);
+    for (int64_t i = 0; i < a.count; ++i) {
+        for (int64_t o = 0; a.grad_bias && o < outputs.channels; ++o) a.grad_bias[o] += layer.bias[i * weights.padded + o];
+        for (int k = 0; a.grad_neurons && k < 2; ++k) a.grad_neurons[k] += layer.neurons[2 * i + k];
+    }
+}
+
+}  // namespace g2g::G2G_ISA

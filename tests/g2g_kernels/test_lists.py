@@ -12,7 +12,7 @@ from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, Connection, GroupLayout, Neurons, Population, g2g_linear, g2g_stack
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_stack import Delay, explain, recurrent_lists
+from g2g_kernels.ops.g2g_stack import Delay, chunks, explain, recurrent_lists
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import built, opened
@@ -205,7 +205,11 @@ def test_results_are_the_same_for_any_number_of_threads(delay):
         ("cubalif", (0.8, 0.7, 0.5, 2.0, 0.0, 0.6), 2),
     ],
 )
-def test_a_run_in_parts_and_in_chunks_is_the_whole_run(model, parameters, delay):
+def test_a_run_in_parts_and_in_chunks_is_the_whole_run(monkeypatch, model, parameters, delay):
+    packed = []
+    for name in ("WIDE", "LARGE", "SPARSE"):  # spikes between chunks are kept as sparse copies
+        monkeypatch.setattr(chunks, name, 1)
+    monkeypatch.setattr(chunks, "_unpacked", lambda kept, of=chunks._unpacked: packed.append(kept) or of(kept))
     of = torch.randn(10, 4, 20, generator=seeded(1)), model, parameters, 90
     counts, *grads = losses(*of, density=(0.2, 0.4), delay=delay)
     for chunk, parts in ((3, 10), (None, 4), (1, 10)):
@@ -213,6 +217,7 @@ def test_a_run_in_parts_and_in_chunks_is_the_whole_run(model, parameters, delay)
         assert torch.equal(found, counts)
         for mine, theirs in zip(of_parts, grads, strict=True):
             assert_close(mine, theirs.double())
+    assert any(isinstance(each, torch.Tensor) for each in packed)
 
 
 # --- by events --------------------------------------------------------------------------------------------------
@@ -493,21 +498,23 @@ def test_calls_that_events_do_not_serve_are_refused_by_name(monkeypatch):
 
 def call() -> recurrent_lists.LoopCall:
     mask, values = weights(12, 12, 1, 0.3)
-    current, state = torch.randn(3, 2, 12, generator=seeded(1)), torch.zeros(1, 2, 12)
-    neurons = Neurons("lif", (torch.tensor([0.8], requires_grad=True), torch.tensor([1.0])))
-    sent, dropped = torch.ones(1, 2, 12), torch.zeros(2, 12, dtype=torch.bool)
+    current, state = torch.randn(2, 5, 2, 12, generator=seeded(1)), torch.zeros(2, 2, 12)
+    parameters = torch.tensor([0.8], requires_grad=True), torch.tensor([0.8]), torch.tensor([1.0])
+    sent, dropped = torch.ones(2, 2, 12), torch.zeros(2, 12, dtype=torch.bool)
     for each in (current, values, state):
         each.requires_grad_()
-    own = Connection("linear", values, mask.tensors(), 0, Delay(1, 1))
-    return recurrent_lists.LoopCall(current, Population(neurons, (own,), dropped, state, sent), 0)
+    own = Connection("linear", values, mask.tensors(), 0, Delay(2, 2))
+    population = Population(Neurons("synaptic", parameters), (own,), dropped, state, sent)
+    return recurrent_lists.LoopCall(current[0], population, 0, current[1])
 
 
 def test_operators_have_second_derivatives():
     given = call()
     spikes, last, *_ = recurrent_lists.FORWARD(given)
-    (first,) = torch.autograd.grad(spikes.sum() + last.square().sum(), given.current, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), given.recurrent.values)
-    assert second.abs().sum() > 0
+    inputs = given.current, given.to_membrane
+    for first in torch.autograd.grad(spikes.sum() + last.square().sum(), inputs, create_graph=True):
+        (second,) = torch.autograd.grad(first.sum(), given.recurrent.values, retain_graph=True)
+        assert second.abs().sum() > 0
 
 
 def test_a_mask_that_changes_in_place_has_new_lists():

@@ -16,8 +16,12 @@ from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason="the CPU kernels were not built")
 X = torch.rand(5, 30, generator=seeded(1)) * 3
 TURNS = (
-    "comes back, but not by one recurrent connection in lists with one delay for all neurons: {} steps at a time take turns"
+    "comes back, but not by one recurrent connection in lists with one delay for all neurons: {} steps at a time take "
+    "turns"
 )
+
+#: of each neuron of a
+MANY = torch.arange(24) + 2
 
 
 def graph(delay: int | torch.Tensor = 1, feedback: int = 0, lists: bool = False) -> SpikingNetwork:
@@ -72,7 +76,7 @@ CASES = {
     "lists with a delay": (lambda: graph(delay=18, lists=True), "cpu lists", {
         "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS, **GRADIENTS,
     }),
-    "lists with many delays": (lambda: graph(delay=torch.arange(24) + 2, lists=True), TURN, {
+    "lists with many delays": (lambda: graph(delay=MANY, lists=True), TURN, {
         "cpu chain": LATE.format(0, 25), "cpu graph": IN_LISTS, **GRADIENTS,
         "cpu lists": f"what population 0 sends {TURNS.format(2)}",
     }),
@@ -142,11 +146,11 @@ def test_a_slow_way_is_said_once(few_lists, caplog):
     dispatch._log_choice.cache_clear()
     caplog.set_level(logging.INFO, "g2g_kernels")
     for _ in range(2):
-        graph(delay=18, lists=True)(X)
+        graph(delay=MANY, lists=True)(X)
     slow = f"Backend of g2g_stack: {TURN}, which is slower"
     said = [each for each in caplog.messages if each.startswith(slow)]
     assert len(said) == 1
-    assert TURNS.format(18) in said[0]
+    assert TURNS.format(2) in said[0]
 
 
 class NoValues(TorchDispatchMode):

@@ -20,7 +20,7 @@ from g2g_kernels.dispatch import forced_backend
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
-from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
 from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_call
@@ -45,6 +45,27 @@ from g2g_kernels.tracing import replaced
 _WORD = 64
 #: lanes of a row backward, samples times steps of a window, at most
 LANES = 16
+
+
+class SpikeBits(Spikes):
+    """Spikes of one population of ``size`` neurons as bits, int64 ``words`` [T, B, N / 64, rounded up]; ``like`` has
+    the dtype of :meth:`dense`."""
+
+    def __init__(self, words: torch.Tensor, size: int, like: torch.Tensor) -> None:
+        self._words, self._size, self._like = words, size, like
+
+    def _bits(self) -> torch.Tensor:
+        """uint8 [T, B, N]."""
+        of_bytes = self._words.view(torch.uint8)[..., None] >> torch.arange(8, dtype=torch.uint8)
+        return (of_bytes & 1).flatten(2)[..., : self._size]
+
+    def dense(self) -> torch.Tensor:
+        """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
+        return self._bits().to(self._like.dtype)
+
+    def events(self) -> torch.Tensor:
+        """int64 [spikes, 3], as :meth:`Spikes.events`."""
+        return self._bits().nonzero()
 
 
 class LoopCall(NamedTuple):
@@ -97,10 +118,15 @@ class LoopCall(NamedTuple):
 TYPES["LoopCall"] = LoopCall
 
 
-def loop_of(number: int, population: Population, backend: str | None = "cpu") -> Callable | None:
+def loop_of(
+    number: int,
+    population: Population,
+    backend: str | None = "cpu",
+    note: Callable[[int, torch.Tensor], None] = lambda number, words: None,
+) -> Callable | None:
     """The function that runs population ``number`` with its recurrent connection, as in
     :class:`g2g_kernels.ops.g2g_stack.reference.PopulationFunctions`; None if these kernels do not take that from
-    lists."""
+    lists. A run calls ``note`` with the number and the spikes as bits."""
     own = [each for each in population.connections if each.source == number]
     if population.membranes or len(own) != 1:
         return None
@@ -116,12 +142,13 @@ def loop_of(number: int, population: Population, backend: str | None = "cpu") ->
     if any([(tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_cpu for tensor in tensors]):
         return None
     lists = in_lists(recurrent.mask.grid, recurrent.values.shape, "recurrent")
-    return partial(_run, population, recurrent) if lists else None
+    return partial(_run, population, recurrent, partial(note, number)) if lists else None
 
 
 def _run(
     population: Population,
     recurrent: Connection,
+    note: Callable[[torch.Tensor], None],
     current: torch.Tensor,
     steps: int | None,
     state: torch.Tensor | None,
@@ -132,8 +159,9 @@ def _run(
         # its product is inside the operator, but has the gradient of the current: before that is formed, a first run
         # tells what the connection receives
         with torch.no_grad():
-            spikes, _ = _run(population, recurrent, current, steps, state, sent, to_membrane)
-        before = spikes.new_zeros(recurrent.delay.least, *spikes.shape[1:]) if sent is None else sent
+            spikes, _ = _run(population, recurrent, note, current, steps, state, sent, to_membrane)
+        delay = 0 if recurrent.delay is None else recurrent.delay.least
+        before = spikes.new_zeros(delay, *spikes.shape[1:]) if sent is None else sent
         current = current.expand(spikes.shape)
         to_membrane, steps = to_membrane if to_membrane is None else to_membrane.expand(spikes.shape), None
         current = current if current.requires_grad else current.detach().requires_grad_()
@@ -142,7 +170,8 @@ def _run(
     joined = Connection("linear", recurrent.values.contiguous(), mask, 0, recurrent.delay)
     own = contiguous(replaced(population, state=state), [joined], sent)
     to_membrane = to_membrane if to_membrane is None else to_membrane.float().contiguous()
-    spikes, last, *_ = FORWARD(LoopCall(current.float().contiguous(), own, steps or 0, to_membrane))
+    spikes, last, words, _ = FORWARD(LoopCall(current.float().contiguous(), own, steps or 0, to_membrane))
+    note(words)
     return spikes.to(current.dtype), last
 
 
@@ -224,15 +253,18 @@ def _outputs(call: LoopCall, keep: bool) -> list[Output]:
 
 def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
     population, recurrent, state = call.population, call.recurrent, call.population.state
-    sent = [None] * call.delay if population.sent is None else [*population.sent]
+    sent, spikes = [None] * call.delay if population.sent is None else [*population.sent], []
     for t in range(call.shape[0]):
-        current, *onto = [each if call.steps else each[t] for each in (call.current, call.to_membrane) if each is not None]
-        if (arriving := sent[t]) is not None:
+        arriving, steps = sent[t], slice(None) if call.steps else t
+        current = call.current[steps]
+        to_membrane = None if call.to_membrane is None else call.to_membrane[steps][None]
+        if arriving is not None:
             current = current + linear.g2g_linear(arriving, recurrent.values, recurrent.mask, None)
-        now, state = in_steps(current[None], population.neurons, None, state, *[each[None] for each in onto])
-        sent.append(now[0] if population.dropped is None else now[0].masked_fill(population.dropped, 0))
+        now, state = in_steps(current[None], population.neurons, None, state, to_membrane=to_membrane)
+        spikes.append(now[0] if population.dropped is None else now[0].masked_fill(population.dropped, 0))
+        sent.append(spikes[-1])
     assert state is not None
-    return torch.stack(sent[call.delay :]), state
+    return torch.stack(spikes), state
 
 
 def _prepared(grad: torch.Tensor) -> torch.Tensor:
@@ -278,4 +310,11 @@ def refuses(call: Call) -> str | None:
 
 def g2g_lists(call: Call) -> Activity:
     """``g2g_stack`` population by population."""
-    return in_turn(call, {"linear": g2g_linear}, partial(in_float32, neurons), loop_of)
+    words: dict[int, torch.Tensor] = {}
+    loops = partial(loop_of, note=words.__setitem__)
+    activity = in_turn(call, {"linear": g2g_linear}, partial(in_float32, neurons), loops)
+    spikes = [
+        SpikeBits(words[number], len(rates), rates.new_empty(0)) if number in words else dense
+        for number, (dense, rates) in enumerate(zip(activity.spikes, activity.rates, strict=True))
+    ]
+    return replaced(activity, spikes=tuple(spikes))

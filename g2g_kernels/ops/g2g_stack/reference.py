@@ -217,7 +217,7 @@ class GraphRun:
             current, to_membrane = torch.broadcast_tensors(current, to_membrane)
         held = self.steps if current.dim() == 2 else None
         (delay,) = [each.delay for each in self.populations[number].connections if each.source == number]
-        sent = None if before is None else before[-delay.least :]
+        sent = None if before is None or delay is None else before[-delay.least :]
         spikes, self.states[number] = loop(current, held, self.states[number], sent, to_membrane)
         self._send(number, spikes)
         return True

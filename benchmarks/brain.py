@@ -95,7 +95,7 @@ Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Step = Callable[[], Found]
 
 
-def ours(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
+def ours(graph: Graph, drive: torch.Tensor, steps: int, delay: int = 1, surrogate: str = "atan") -> Step:
     layout, each = GroupLayout(graph.neurons, 1), torch.arange(graph.neurons)
     mask = BlockMask(layout, layout, torch.from_numpy(graph.post), torch.from_numpy(graph.pre), block_size=1)
     recurrent = G2GLinear(mask, bias=False)
@@ -104,8 +104,8 @@ def ours(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
         recurrent.values.copy_(torch.from_numpy(graph.weight)[:, None, None])
         inputs.values.fill_(1.0)
     inputs.requires_grad_(False)
-    neurons = LIF(beta=BETA, threshold=THRESHOLD, learn_beta=False, learn_threshold=False)
-    projections = [Projection("input", "brain", inputs), Projection("brain", "brain", recurrent, delay=1)]
+    neurons = LIF(beta=BETA, threshold=THRESHOLD, learn_beta=False, learn_threshold=False, surrogate=surrogate)
+    projections = [Projection("input", "brain", inputs), Projection("brain", "brain", recurrent, delay=delay)]
     net, x = SpikingNetwork({"brain": neurons}, projections, "brain", steps), drive.requires_grad_()
 
     def step() -> Found:
@@ -225,7 +225,8 @@ TEXTS = {
 }
 
 
-def _drive(graph: Graph, batch: int, gain: float) -> torch.Tensor:
+def drive_of(graph: Graph, batch: int, gain: float) -> torch.Tensor:
+    """Currents [B, N] up to ``gain`` of either sign."""
     return gain * (2 * torch.rand(batch, graph.neurons, generator=torch.Generator().manual_seed(1)) - 1)
 
 
@@ -233,7 +234,7 @@ def farthest(name: str) -> float:
     """How far a contender's gradients are from those of a dense network in float64, relative to their largest; ∞ if
     spikes differ."""
     graph = synthetic(CHECKED, 40 * CHECKED)
-    graph, drive = graph._replace(weight=graph.weight * 10), _drive(graph, 3, 0.3)
+    graph, drive = graph._replace(weight=graph.weight * 10), drive_of(graph, 3, 0.3)
     found = CONTENDERS[name](graph, drive.clone(), 20)()
     dense = torch.zeros(CHECKED, CHECKED, dtype=torch.float64)
     dense[graph.post, graph.pre] = torch.from_numpy(graph.weight).double()
@@ -250,7 +251,7 @@ def session(name: str, arguments: argparse.Namespace, threads: int) -> Session:
     torch.set_num_threads(threads)
     yield None  # the graph counts as its memory
     off, graph = farthest(name), graph_of(arguments)
-    run = CONTENDERS[name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
+    run = CONTENDERS[name](graph, drive_of(graph, arguments.batch_size, arguments.gain), arguments.T)
     given: list[torch.Tensor] = []
 
     def step() -> None:

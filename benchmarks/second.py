@@ -2,13 +2,17 @@
 
 The fly-brain model (Shiu et al. 2024) on a drawn network of its size: steps of 0.1 ms, 700 neurons excited at 150 Hz
 straight on the membrane, a delay of 18 steps. Brian2 runs the same network and inputs in float64, we in float32; the
-table has the spikes of each. Gradients are those of the mean rate by the weights, under a triangle from θ/2 to 3θ/2,
-and reach ``TRUNCATE`` steps back. NEST, which conda alone has, is not among the contenders.
+table has the spikes of each. Gradients are those of the mean rate by the weights, under a triangle from θ/2 to 3θ/2 or
+under the arctangent, and reach ``TRUNCATE`` steps back. NEST, which conda alone has, is not among the contenders.
+
+The last rows are training steps of the network of :mod:`benchmarks.brain`, ``--T`` steps and ``--batch_size`` samples,
+with other delays and surrogates.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,13 +59,13 @@ def excitation(steps: int, trials: int, excited: int) -> torch.Tensor:
     return torch.stack([(torch.rand(steps, excited, generator=draw) < 0.015).float() for _ in range(trials)], 1)
 
 
-def network(brain: Brain, excited: int) -> SpikingNetwork:
+def network(brain: Brain, excited: int, surrogate: str = "triangle") -> SpikingNetwork:
     each, size = np.arange(excited), brain.neurons
     own = Projection.from_edges("brain", "brain", brain.pre, brain.post, brain.weight, DELAY, sizes=(size, size))
     cue = Projection.from_edges("input", "brain", each, each, CUE, 0, sizes=(excited, size), onto="membrane")
     period = torch.full((size,), float(REFRACTORY))
     period[:excited] = 0
-    options: dict[str, Any] = {"reset_current": True, "surrogate": "triangle", "alpha": 2 / THETA}
+    options: dict[str, Any] = {"reset_current": True, "surrogate": surrogate, "alpha": 2 / THETA}
     neurons = CubaLIF(size, tau=TAU, tau_syn=TAU_SYN, dt=0.1, threshold=THETA, refractory=period / 10, **options)
     net = SpikingNetwork({"brain": neurons}, [*cue, *own], "brain").requires_grad_(False)
     net.get_parameter("brain_to_brain.values").requires_grad_()
@@ -72,7 +76,14 @@ def network(brain: Brain, excited: int) -> SpikingNetwork:
 Run = Callable[[], int]
 
 
-def forward(brain: Brain, steps: int, excited: int, trials: int = 1) -> Run:
+def _second(arguments: argparse.Namespace) -> tuple[Brain, int, int]:
+    """The network, the number of steps, and that of neurons that are excited."""
+    brain = drawn(arguments.neurons, arguments.weights)
+    return brain, STEPS * arguments.T, min(EXCITED, brain.neurons // 10)
+
+
+def forward(arguments: argparse.Namespace, trials: int = 1) -> Run:
+    brain, steps, excited = _second(arguments)
     net, x = network(brain, excited), excitation(steps, trials, excited)
 
     @torch.no_grad()
@@ -82,17 +93,15 @@ def forward(brain: Brain, steps: int, excited: int, trials: int = 1) -> Run:
     return run
 
 
-def trials(brain: Brain, steps: int, excited: int) -> Run:
-    return forward(brain, steps, excited, TRIALS)
-
-
-def gradients(brain: Brain, steps: int, excited: int) -> Run:
-    net, x = network(brain, excited), excitation(steps, 1, excited)
+def gradients(arguments: argparse.Namespace, surrogate: str = "triangle") -> Run:
+    brain, steps, excited = _second(arguments)
+    net, x = network(brain, excited, surrogate), excitation(steps, 1, excited)
+    chunk = None if surrogate == "triangle" else TRUNCATE  # by events no states are kept
     (learned,) = [each for each in net.parameters() if each.requires_grad]
 
     def run() -> int:
         learned.grad = None
-        activity = net.simulate(x, truncate=TRUNCATE)
+        activity = net.simulate(x, chunk=chunk, truncate=TRUNCATE)
         activity.rates[0].mean().backward()
         assert learned.grad is not None
         assert learned.grad.any()
@@ -101,10 +110,19 @@ def gradients(brain: Brain, steps: int, excited: int) -> Run:
     return run
 
 
-def in_brian2(brain: Brain, steps: int, excited: int) -> Run:
+def training(arguments: argparse.Namespace, delay: int, surrogate: str) -> Run:
+    from .brain import drive_of, ours, synthetic
+
+    graph = synthetic(arguments.neurons, arguments.weights)
+    step = ours(graph, drive_of(graph, arguments.batch_size, arguments.gain), arguments.T, delay, surrogate)
+    return lambda: int(step()[0].sum())
+
+
+def in_brian2(arguments: argparse.Namespace) -> Run:
     import brian2
     from brian2 import ms, mV
 
+    brain, steps, excited = _second(arguments)
     brian2.defaultclock.dt = 0.1 * ms
     cells = brian2.NeuronGroup(
         brain.neurons,
@@ -135,27 +153,32 @@ def in_brian2(brain: Brain, steps: int, excited: int) -> Run:
     return run
 
 
-#: by name: what makes their run, with how many threads, and what they are in words
-CONTENDERS: dict[str, tuple[Callable[..., Run], int, str]] = {
-    "forward": (forward, 1, "g2g, one trial"),
-    "trials": (trials, 2, f"g2g, {TRIALS} trials"),
-    "gradients": (gradients, 1, f"g2g, one trial forward and backward, truncate={TRUNCATE}"),
-    "brian2": (in_brian2, 1, "Brian2, one trial"),
-}
+#: by name: what makes their run, with how many threads, the steps for each one of ``--T``, and what they are in words
+CONTENDERS: dict[str, tuple[Callable[..., Run], int, int, str]] = {
+    "forward": (forward, 1, STEPS, "g2g, one trial"),
+    "trials": (partial(forward, trials=TRIALS), 2, STEPS, f"g2g, {TRIALS} trials"),
+    "gradients": (gradients, 1, STEPS, f"g2g, one trial forward and backward, triangle, truncate={TRUNCATE}"),
+    "atan": (partial(gradients, surrogate="atan"), 2, STEPS, f"g2g, the same, arctangent, chunk={TRUNCATE}"),
+    "brian2": (in_brian2, 1, STEPS, "Brian2, one trial"),
+    **{
+        f"training-{delay}-{surrogate}": (
+            partial(training, delay=delay, surrogate=surrogate), 2, 1, f"g2g, training, delay {delay}, {surrogate}",
+        )
+        for delay, surrogate in ((1, "atan"), (1, "triangle"), (18, "atan"))
+    },
+}  # fmt: skip
 
 
 def session(name: str, arguments: argparse.Namespace) -> Session:
-    make, threads, _ = CONTENDERS[name]
+    make, threads, steps, _ = CONTENDERS[name]
     torch.set_num_threads(threads)
-    brain = drawn(arguments.neurons, arguments.weights)
-    steps, found = STEPS * arguments.T, [0]
-    run = make(brain, steps, min(EXCITED, brain.neurons // 10))
+    run, found = make(arguments), [0]
     yield None  # the network does not count as memory; lists that a first call makes of it do
 
     def step() -> None:
         found[0] = run()
 
-    yield Turn(step, lambda: {"weights": len(brain.weight), "steps": steps, "spikes": found[0]})
+    yield Turn(step, lambda: {"steps": steps * arguments.T, "spikes": found[0]})
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -166,7 +189,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return "" if run["spikes"] else "no neuron has spiked"
 
     runs = []
-    for name, (_, threads, _) in CONTENDERS.items():  # one after the other, since each fills the memory
+    for name, (_, threads, *_) in CONTENDERS.items():  # one after the other, since each fills the memory
         (racer,) = race([Racer(name, session, (name, arguments), {"name": name, "threads": threads}, check)],
                         arguments.repeats, 1)  # fmt: skip
         racer.run |= {"status": racer.status, "reason": racer.reason, "seconds": [round(t, 4) for t in racer.seconds]}
@@ -187,5 +210,5 @@ def table(record: dict[str, Any]) -> str:
                 f"{run['spikes']:,}",
                 f"{run['peak_bytes'] / 1e6:.0f} MB",
             ]
-        rows.append([CONTENDERS[run["name"]][2], str(run["threads"]), *cells[:4]])
+        rows.append([CONTENDERS[run["name"]][3], str(run["threads"]), *cells[:4]])
     return markdown(["", "threads", "time", "a step", "spikes", "memory beyond the network"], rows)

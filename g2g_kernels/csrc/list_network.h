@@ -20,6 +20,7 @@
 #include "lists.h"
 #include "neurons.h"
 #include "parallel.h"
+#include "parameters.h"
 #include "vec.h"
 
 namespace g2g::G2G_ISA {
@@ -44,23 +45,6 @@ inline void fetch(const Arrival& next) {
     }
 }
 constexpr size_t kListsAhead = 3;
-
-// A parameter of each of a population's neurons, decays clamped: one number that all have (step 0), or one each.
-struct OfNeurons {
-    std::vector<Real> numbers;
-    int64_t step;
-
-    OfNeurons(const Parameter& parameter, bool decay, int64_t size) {
-        const Real* const given = reinterpret_cast<const Real*>(parameter.value);
-        step = parameter.per_neuron && std::any_of(given, given + size, [&](Real each) { return each != given[0]; });
-        numbers.assign(step ? (size + W - 1) / W * W : W, given[0]);
-        if (step) std::copy(given, given + size, numbers.begin());
-        if (decay)
-            for (Real& each : numbers) each = std::clamp(each, Real(0), Real(1));
-    }
-    Vec vector(int64_t i) const { return load(numbers.data() + i * step); }
-    Real of(int64_t i) const { return numbers[i * step]; }
-};
 
 // A population as all samples share it.
 struct SharedPopulation {
@@ -140,15 +124,6 @@ void each_weight(const Arrivals& arrivals, const Ahead& ahead, const F& f) {
 }
 
 // --- any model --------------------------------------------------------------------------------------------------
-
-// Where the membrane takes a current of its own in a step from the states `before`, of a model whose current goes elsewhere.
-template <class M>
-G2G_INLINE IntVec takes(const Vec (&before)[M::info.states], const Vec (&p)[M::info.parameters], int32_t reset) {
-    if constexpr (M::info.hidden)
-        return M::takes(before, p, reset);
-    else
-        return reset == kZero ? ~(before[M::info.states - 1] > p[M::info.parameters - 1]) : Vec{} == Vec{};
-}
 
 // Passes over all neurons. What arrives is added up before.
 template <class M, class R>

@@ -175,6 +175,10 @@ struct CubaLif {
         return before[0] == Vec{} ? p[1] * before[2] + p[2] * before[1] : all(-__builtin_inff());
     }
 
+    static G2G_INLINE IntVec takes(const Vec (&before)[3], const Vec (&p)[6], int32_t) {
+        return (before[0] == Vec{}) & ~(compared(before, Vec{}, p) > p[5]);
+    }
+
     template <class R>
     static G2G_INLINE void charge(Vec (&state)[3], Vec current, const Vec (&p)[6], R reset) {
         const Vec refractory = p[3], theta = p[5];
@@ -245,7 +249,6 @@ struct Refractory {
         }
     };
 
-    // As takes() in list_network.h.
     static IntVec takes(const Vec (&before)[S], const Vec (&p)[P], int32_t reset) {
         const Before b(before, p);
         return ~(reset == kZero ? b.waits | b.fired : b.waits);
@@ -296,6 +299,15 @@ G2G_INLINE Vec compared(const Vec (&before)[M::info.states], Vec after, const Ve
         return M::compared(before, after, p);
     else
         return after;
+}
+
+// Where the membrane takes a current of its own in a step from the states `before`, of a model whose current goes elsewhere.
+template <class M>
+G2G_INLINE IntVec takes(const Vec (&before)[M::info.states], const Vec (&p)[M::info.parameters], int32_t reset) {
+    if constexpr (M::info.hidden)
+        return M::takes(before, p, reset);
+    else
+        return reset == kZero ? ~(before[M::info.states - 1] > p[M::info.parameters - 1]) : Vec{} == Vec{};
 }
 
 // One step; returns the membrane that is compared.

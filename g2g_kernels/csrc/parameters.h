@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <vector>
 
 #include "neurons.h"
 #include "parallel.h"
@@ -18,6 +19,23 @@ void spread(const Parameter& parameter, bool decay, float padding, int64_t count
         lanes[i] = decay ? std::clamp(value, 0.0f, 1.0f) : value;
     }
 }
+
+// A parameter of each of a population's neurons, decays clamped: one number that all have (step 0), or one each.
+struct OfNeurons {
+    std::vector<Real> numbers;
+    int64_t step;
+
+    OfNeurons(const Parameter& parameter, bool decay, int64_t size) {
+        const Real* const given = reinterpret_cast<const Real*>(parameter.value);
+        step = parameter.per_neuron && std::any_of(given, given + size, [&](Real each) { return each != given[0]; });
+        numbers.assign(step ? divide_up(size, kLanes) * kLanes : W, given[0]);
+        if (step) std::copy(given, given + size, numbers.begin());
+        if (decay)
+            for (Real& each : numbers) each = std::clamp(each, Real(0), Real(1));
+    }
+    Vec vector(int64_t i) const { return load(numbers.data() + i * step); }
+    Real of(int64_t i) const { return numbers[i * step]; }
+};
 
 // The parameters of lanes that follow one another, in the order of the model; decays are clamped. And the number of the reset.
 struct LaneParameters {

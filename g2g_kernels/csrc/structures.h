@@ -182,24 +182,26 @@ struct ImageLayer {
     double* grad_neurons;     // in and out: of β and of θ, this is added; null: not wanted
 };
 
-// Neurons that are joined to one another by weights in lists, which carry the spikes of each step into the next.
+// Neurons that are joined to one another by weights in lists, which carry spikes some steps on.
 struct ListLoop {
     Neurons neurons;
-    const Lists* by_cols;
-    const float* values;
+    const Lists* by_cols;   // in one range
+    const float* weights;   // [entries], in the order of the lists
     const float* current;   // [T][B][N], or [B][N], held for all steps
-    int64_t weights;        // of the packed values, with their padding
+    const float* to_membrane;  // the same, onto the membrane; null: nothing
+    int64_t values;         // of the packed weights, with their padding
     int32_t size, samples, steps, threads, held;
-    int32_t width;          // samples of a group: 1, 2, 4, 8 or 16
-    int64_t padded;         // lanes of a group, N · width, and of no neuron up to a multiple of 64
-    const float* sent;      // [B][N]: the spikes before the first step; null: none
+    int32_t delay;          // D, 1 at least
+    int32_t width, window;  // samples of a group and steps of a window, backward: powers of 2, 16 lanes in all at most, D steps at most
+    const float* sent;      // [D][B][N]: the spikes before the first step; null: none
     const uint8_t* dropped; // [B][N], 1 where nothing comes from a neuron in a sample; null: none is
     const float* state;     // [states][B][N] before the first step; null: zeros
     float *spikes, *last;   // out: [T][B][N], [states][B][N]
-    float* kept;            // out, for the backward pass: the states of every step (list_loop.h); null: not wanted
+    uint64_t* words;        // out: [T][B][N / 64, rounded up], the spikes as bits
+    float* kept;            // out, for the backward pass: [T][B][states][N, rounded up to whole words]; null: not wanted
     const float *grad_spikes, *grad_last;  // null: zeros
     int32_t grad_held;      // grad_spikes is [B][N], the same for all steps
-    float *grad_current, *grad_sent, *grad_state, *grad_values;  // out, null: not wanted
+    float *grad_current, *grad_membrane, *grad_sent, *grad_state, *grad_values;  // out, null: not wanted
 };
 
 // A connection of a network in lists. Numbers behind `void` pointers are floats, or doubles with `doubles`.

@@ -1,8 +1,6 @@
 """Weights in lists: the values of both kernels against float64, when they are chosen, and that nothing of N × N is
 formed."""
 
-import functools
-import itertools
 import random
 
 import pytest
@@ -14,7 +12,7 @@ from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, Connection, GroupLayout, Neurons, Population, g2g_linear, g2g_stack
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_stack import Delay, explain, recurrent_lists
+from g2g_kernels.ops.g2g_stack import Delay, chunks, explain, recurrent_lists
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import built, opened
@@ -73,7 +71,7 @@ def test_a_linear_layer_is_that_of_float64(rows, sizes, block_size, density, inp
 
 
 NEURONS = {"model": MODELS, "reset": RESETS, "surrogate": SURROGATES}
-WITH_OR_WITHOUT = dict.fromkeys(("held", "state", "dropped", "per_neuron"), (False, True))
+WITH_OR_WITHOUT = dict.fromkeys(("held", "state", "dropped", "per_neuron", "to_membrane"), (False, True))
 
 
 @every_pair(
@@ -84,11 +82,13 @@ WITH_OR_WITHOUT = dict.fromkeys(("held", "state", "dropped", "per_neuron"), (Fal
     **WITH_OR_WITHOUT,
     threads=(1, 2),
     summed=(False, True),
+    delay=(1, 2, 3, 5, 18),
 )
 def test_a_loop_over_all_steps_is_that_of_float64(
-    model, reset, surrogate, size, batch, block_size, held, state, dropped, per_neuron, threads, summed
-):
-    steps, names = 9, MODELS[model].parameters
+    model, reset, surrogate, size, batch, block_size, held, state, dropped, per_neuron, to_membrane, threads, summed,
+    delay,
+):  # fmt: skip
+    steps, names = 13, MODELS[model].parameters
     draw = seeded(size + batch)
     mask, values = weights(size, size, block_size, 0.2, scale=0.5)
     inputs, of_inputs = weights(size, 20, block_size, 0.4, seed=5)
@@ -100,25 +100,38 @@ def test_a_loop_over_all_steps_is_that_of_float64(
     first = torch.randn(len(MODELS[model].states), batch, size, generator=draw) if state else None
     silent = torch.rand(batch, size, generator=draw) < 0.2 if dropped else None
     neurons = Neurons(model, tuple(parameters), reset, surrogate, 2.0)
-    check_loop(x, (mask, values), (inputs, of_inputs), neurons, first, silent, steps if held else None, threads, summed)
+    own = (mask, values), (inputs, of_inputs), neurons, first, silent, steps if held else None, threads, summed
+    check_loop(x, *own, delay, to_membrane)
 
 
-def check_loop(x, recurrent, inputs, neurons, first, silent, steps, threads, summed=False):
+def check_loop(x, recurrent, inputs, neurons, first, silent, steps, threads, summed=False, delay=1, to_membrane=False):
     """Compares all that a recurrent layer gives, and all gradients, with float64; each pair is a mask and weights."""
     (mask, values), (in_mask, of_inputs), batch, size = recurrent, inputs, x.shape[-2], recurrent[0].shape[0]
+    model = MODELS[neurons.model]
+    sent = (torch.rand(delay, batch, size, generator=seeded(size)) < 0.2).float()
+    if first is None or (delay == 1 and model.compared is None):
+        sent = None
+    ports = [None, "membrane"] if to_membrane and model.takes is not None else [None]
     of_counts, of_last = (torch.randn(batch, size, generator=seeded(size)) for _ in range(2))
 
     def run(backend, dtype):
         leaves = [
             each if each is None else each.detach().to(dtype).nan_to_num().requires_grad_()
-            for each in (x, values, of_inputs, first, *neurons.parameters)
+            for each in (x, values, of_inputs, first, sent, *neurons.parameters)
         ]
-        population = neurons._replace(parameters=tuple(leaves[4:]))
-        own = {"recurrent": (leaves[1], mask), "dropped": silent, "state": leaves[3]}
-        layer = chained(0, leaves[2], in_mask, None, population, **own)
+        feeds = [Connection("linear", leaves[2], in_mask, -1, onto=port) for port in ports]
+        joined = Connection("linear", leaves[1], mask, 0, Delay(delay, delay))
+        own = neurons._replace(parameters=tuple(leaves[5:]))
+        layer = Population(own, (*feeds, joined), silent, leaves[3], leaves[4])
+        if backend == "cpu":
+            chosen = explain(leaves[0], [layer], steps, backend).way.name
+            of_events = neurons.model == "cubalif" and SURROGATES[neurons.surrogate].compact
+            assert chosen == ("cpu events" if of_events else "cpu lists")
         activity = g2g_stack(leaves[0], [layer], steps, backend=backend)
         last = activity.states[0]  # the gradient of a plain sum is one number in memory
         loss = (activity.counts * of_counts.to(dtype)).sum() + (last if summed else last * of_last.to(dtype)).sum()
+        for each in activity.sent or ():
+            loss = loss + (0 if each is None else (each.dense() * of_last.to(dtype)).sum())
         loss.backward()
         return activity, [None if each is None else each.grad for each in leaves]
 
@@ -127,10 +140,10 @@ def check_loop(x, recurrent, inputs, neurons, first, silent, steps, threads, sum
     expected, exact = run("torch", torch.float64)
     assert torch.equal(activity.spikes[0].dense().double(), expected.spikes[0].dense())
     assert_close(activity.states[0].detach(), expected.states[0].detach())
-    for mine, theirs in zip(grads[:4], exact[:4], strict=True):
-        if mine is not None and theirs.numel():
-            assert_close(mine, theirs)
-    for mine, theirs in zip(grads[4:], exact[4:], strict=True):
+    for mine, theirs in zip(grads[:5], exact[:5], strict=True):
+        if mine is not None and mine.numel():  # nothing has arrived within fewer steps than the delay
+            assert_close(mine, torch.zeros_like(mine, dtype=torch.float64) if theirs is None else theirs)
+    for mine, theirs in zip(grads[5:], exact[5:], strict=True):
         # a number shared by all neurons is a sum over samples, steps and neurons, whose parts cancel: 2e-4 of it
         scale, each = theirs.abs().max().item() + 1e-3, len(theirs) == size > 1
         assert_close(mine, theirs, scale=scale if each else 10 * scale + batch * size * 0.05)
@@ -156,13 +169,14 @@ def test_a_loop_of_many_neurons_is_that_of_float64(model, reset, surrogate, size
     check_loop(x, *pairs, neurons, None, None, 4 if held else None, threads)
 
 
-def losses(x, model: str, parameters, size: int, chunk=None, parts: int | None = None, density=(0.1, 0.3)):
+def losses(x, model: str, parameters, size: int, chunk=None, parts: int | None = None, density=(0.1, 0.3), delay=1):
     """Counts and gradients of a recurrent layer, in one run, in chunks or in parts."""
     mask, values = weights(size, size, 1, density[0], scale=density[1])
     inputs, of_inputs = weights(size, 20, 1, 0.4, seed=5)
     leaves = [each.clone().requires_grad_() for each in (values, of_inputs)]
     population = Neurons(model, tuple(torch.tensor([each]) for each in parameters))
-    layer = chained(0, leaves[1], inputs, None, population, (leaves[0], mask))
+    joined = Connection("linear", leaves[0], mask, 0, Delay(delay, delay))
+    layer = Population(population, (Connection("linear", leaves[1], inputs, -1), joined))
     total, state, sent = 0, None, None
     for part in x.split(parts or len(x)):
         activity = g2g_stack(part, [layer._replace(state=state, sent=sent)], None, backend="cpu", chunk=chunk)
@@ -172,31 +186,38 @@ def losses(x, model: str, parameters, size: int, chunk=None, parts: int | None =
     return [total.detach(), *[each.grad for each in leaves]]
 
 
-def test_results_are_the_same_for_any_number_of_threads_and_ranges(monkeypatch):
-    call = functools.partial(losses, torch.rand(12, 3, 20, generator=seeded(1)), "lif", (0.9, 1.0), 300)
-    expected = call()
-    for threads, length in itertools.product((1, 3), (64, 1000)):
-        monkeypatch.setattr(recurrent_lists, "RANGE", length)
+@pytest.mark.parametrize("delay", [1, 4])
+def test_results_are_the_same_for_any_number_of_threads(delay):
+    of = torch.rand(12, 3, 20, generator=seeded(1)), "lif", (0.9, 1.0), 300
+    expected = losses(*of, delay=delay)
+    for threads in (1, 3):
         with pytorch_threads(threads):
-            torch.testing.assert_close(call(), expected, rtol=0, atol=0)
+            torch.testing.assert_close(losses(*of, delay=delay), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
-    ("model", "parameters"),
+    ("model", "parameters", "delay"),
     [
-        ("adlif", (0.9, 0.8, 0.1, 0.2, 0.9)),
-        ("cubalif", (0.8, 0.7, 0.5, 2.0, 0.0, 0.6)),
-        ("refractory_adlif", (0.9, 0.8, 0.1, 0.2, 3.0, 0.9)),
-    ],  # whose states show no spikes
+        ("adlif", (0.9, 0.8, 0.1, 0.2, 0.9), 1),
+        ("cubalif", (0.8, 0.7, 0.5, 2.0, 0.0, 0.6), 1),
+        ("refractory_adlif", (0.9, 0.8, 0.1, 0.2, 3.0, 0.9), 1),  # whose states show no spikes
+        ("lif", (0.9, 0.8), 5),
+        ("cubalif", (0.8, 0.7, 0.5, 2.0, 0.0, 0.6), 2),
+    ],
 )
-def test_a_run_in_parts_and_in_chunks_is_the_whole_run(model, parameters):
+def test_a_run_in_parts_and_in_chunks_is_the_whole_run(monkeypatch, model, parameters, delay):
+    packed = []
+    for name in ("WIDE", "LARGE", "SPARSE"):  # spikes between chunks are kept as sparse copies
+        monkeypatch.setattr(chunks, name, 1)
+    monkeypatch.setattr(chunks, "_unpacked", lambda kept, of=chunks._unpacked: packed.append(kept) or of(kept))
     of = torch.randn(10, 4, 20, generator=seeded(1)), model, parameters, 90
-    counts, *grads = losses(*of, density=(0.2, 0.4))
+    counts, *grads = losses(*of, density=(0.2, 0.4), delay=delay)
     for chunk, parts in ((3, 10), (None, 4), (1, 10)):
-        found, *of_parts = losses(*of, chunk, parts, density=(0.2, 0.4))
+        found, *of_parts = losses(*of, chunk, parts, density=(0.2, 0.4), delay=delay)
         assert torch.equal(found, counts)
         for mine, theirs in zip(of_parts, grads, strict=True):
             assert_close(mine, theirs.double())
+    assert any(isinstance(each, torch.Tensor) for each in packed)
 
 
 # --- by events --------------------------------------------------------------------------------------------------
@@ -477,21 +498,23 @@ def test_calls_that_events_do_not_serve_are_refused_by_name(monkeypatch):
 
 def call() -> recurrent_lists.LoopCall:
     mask, values = weights(12, 12, 1, 0.3)
-    current, state = torch.randn(3, 2, 12, generator=seeded(1)), torch.zeros(1, 2, 12)
-    neurons = Neurons("lif", (torch.tensor([0.8], requires_grad=True), torch.tensor([1.0])))
-    sent, dropped = torch.ones(1, 2, 12), torch.zeros(2, 12, dtype=torch.bool)
+    current, state = torch.randn(2, 5, 2, 12, generator=seeded(1)), torch.zeros(2, 2, 12)
+    parameters = torch.tensor([0.8], requires_grad=True), torch.tensor([0.8]), torch.tensor([1.0])
+    sent, dropped = torch.ones(2, 2, 12), torch.zeros(2, 12, dtype=torch.bool)
     for each in (current, values, state):
         each.requires_grad_()
-    own = Connection("linear", values, mask.tensors(), 0)
-    return recurrent_lists.LoopCall(current, Population(neurons, (own,), dropped, state, sent), 0)
+    own = Connection("linear", values, mask.tensors(), 0, Delay(2, 2))
+    population = Population(Neurons("synaptic", parameters), (own,), dropped, state, sent)
+    return recurrent_lists.LoopCall(current[0], population, 0, current[1])
 
 
 def test_operators_have_second_derivatives():
     given = call()
-    spikes, last, _ = recurrent_lists.FORWARD(given)
-    (first,) = torch.autograd.grad(spikes.sum() + last.square().sum(), given.current, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), given.recurrent.values)
-    assert second.abs().sum() > 0
+    spikes, last, *_ = recurrent_lists.FORWARD(given)
+    inputs = given.current, given.to_membrane
+    for first in torch.autograd.grad(spikes.sum() + last.square().sum(), inputs, create_graph=True):
+        (second,) = torch.autograd.grad(first.sum(), given.recurrent.values, retain_graph=True)
+        assert second.abs().sum() > 0
 
 
 def test_a_mask_that_changes_in_place_has_new_lists():

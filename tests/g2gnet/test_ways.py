@@ -16,11 +16,15 @@ from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason="the CPU kernels were not built")
 X = torch.rand(5, 30, generator=seeded(1)) * 3
 TURNS = (
-    "comes back, but not by one recurrent connection in lists with a delay of one step: {} steps at a time take turns"
+    "comes back, but not by one recurrent connection in lists with one delay for all neurons: {} steps at a time take "
+    "turns"
 )
 
+#: of each neuron of a
+MANY = torch.arange(24) + 2
 
-def graph(delay: int = 1, feedback: int = 0, lists: bool = False) -> SpikingNetwork:
+
+def graph(delay: int | torch.Tensor = 1, feedback: int = 0, lists: bool = False) -> SpikingNetwork:
     """Populations a and out; a reaches itself after ``delay`` steps, out reaches a after ``feedback`` (0: never)."""
 
     def joined(into: int, out: int, **options) -> G2GLinear:
@@ -72,9 +76,12 @@ CASES = {
     "lists without gradients": (lambda: graph(delay=18, lists=True).requires_grad_(False), "cpu events", {
         "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS, **NO_IMAGES,
     }),
-    "lists with a delay": (lambda: graph(delay=18, lists=True), TURN, {
+    "lists with a delay": (lambda: graph(delay=18, lists=True), "cpu lists", {
         "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS, **NO_IMAGES, **GRADIENTS,
-        "cpu lists": f"what population 0 sends {TURNS.format(18)}",
+    }),
+    "lists with many delays": (lambda: graph(delay=MANY, lists=True), TURN, {
+        "cpu chain": LATE.format(0, 25), "cpu graph": IN_LISTS, **NO_IMAGES, **GRADIENTS,
+        "cpu lists": f"what population 0 sends {TURNS.format(2)}",
     }),
     "dropout": (lambda: small_net(dropout=0.3).train(), "cpu chain", {}),
     "state": (lambda: continued(small_net()), "cpu chain", {}),
@@ -144,11 +151,11 @@ def test_a_slow_way_is_said_once(few_lists, caplog):
     dispatch._log_choice.cache_clear()
     caplog.set_level(logging.INFO, "g2g_kernels")
     for _ in range(2):
-        graph(delay=18, lists=True)(X)
+        graph(delay=MANY, lists=True)(X)
     slow = f"Backend of g2g_stack: {TURN}, which is slower"
     said = [each for each in caplog.messages if each.startswith(slow)]
     assert len(said) == 1
-    assert TURNS.format(18) in said[0]
+    assert TURNS.format(2) in said[0]
 
 
 class NoValues(TorchDispatchMode):

@@ -99,6 +99,32 @@ def _joined(parts: Sequence[tuple[torch.Tensor | None, ...] | None]) -> tuple[to
     return tuple([None if each[0] is None else torch.cat(each) for each in of_populations])
 
 
+#: neurons and numbers of spikes [D, B, N] that are kept for the backward pass as a sparse copy, at least, and numbers
+#: for each one that is not 0
+WIDE, LARGE, SPARSE = 1 << 10, 1 << 18, 32
+
+
+def _packed(tensor: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, int]:
+    """What is kept of a tensor: of spikes that delays carry out of a chunk a sparse copy."""
+    large = tensor.dim() == 3 and tensor.shape[2] >= WIDE and tensor.numel() >= LARGE
+    if large and tensor.is_cpu and int(tensor.count_nonzero()) * SPARSE <= tensor.numel():
+        return tensor.detach().to_sparse()
+    return tensor, tensor._version
+
+
+def _unpacked(kept: torch.Tensor | tuple[torch.Tensor, int]) -> torch.Tensor:
+    """The tensor. Raises RuntimeError if it has changed, which PyTorch does not notice where hooks keep it."""
+    if isinstance(kept, torch.Tensor):
+        return kept.to_dense()
+    tensor, then = kept
+    if tensor._version != then:
+        raise RuntimeError(
+            f"a tensor {list(tensor.shape)} of a run in chunks has been modified by an inplace operation before its "
+            "backward pass; change weights and inputs after it"
+        )
+    return tensor
+
+
 def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
     """``run(call)``, which keeps nothing for the backward pass."""
     tensors, form = opened((call.x, call.before, call.populations))
@@ -123,7 +149,9 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
         if connection.mask is not None
         for index in connection.mask.tensors()
     ]
-    counts, rates, states, sent, membranes = built(of_results, Recomputed.apply(again, again, indices, *tensors))
+    with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
+        results = Recomputed.apply(again, again, indices, *tensors)
+    counts, rates, states, sent, membranes = built(of_results, results)
     made = tuple(spikes)
     spikes.clear()  # which the graph would keep alive
     of_delays = tuple([None if each is None else DenseSpikes(each) for each in sent])

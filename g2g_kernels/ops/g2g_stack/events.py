@@ -179,9 +179,12 @@ class EventSpikes(Spikes):
 
     def events(self) -> torch.Tensor:
         """int64 [spikes, 3], as :meth:`Spikes.events`."""
-        sample, step = self._places()
-        events = torch.stack([step, sample, self._neurons.long()], 1)
-        return events[step.argsort(stable=True)]
+        samples, counts = len(self._counts), self._counts.T.flatten().long()  # by step, then by sample
+        own = self._counts.flatten().long()
+        begin = (own.cumsum(0) - own).view(samples, -1).T.flatten() - (counts.cumsum(0) - counts)
+        which = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        neurons = self._neurons[begin[which] + torch.arange(len(which))]
+        return torch.stack([which // samples, which % samples, neurons.long()], 1)
 
     def dense(self, last: int | None = None) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order; of the ``last`` steps, or of all."""

@@ -1,12 +1,12 @@
 """A recurrent population over all time steps in one call, for weights stored as lists, on the compiled CPU kernels:
-operators ``g2g::loop_forward`` (with its autograd formula) and ``g2g::loop_backward``. The forward pass keeps the
-states of every step, float32, as ``csrc/list_loop.h`` lays them out.
+operators ``g2g::loop_forward`` (with its autograd formula) and ``g2g::loop_backward``. All neurons have one delay. The
+forward pass keeps spikes as bits, and the states of every step, float32, as ``csrc/list_loop.h`` lays them out.
 """
 
 from collections.abc import Callable, Sequence
 from ctypes import Structure
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,19 +14,18 @@ from g2g_kernels.cpu import library as cpu_library
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import library, pointer, run
-from g2g_kernels.cpu.plans import Plan, in_lists, lists_for
+from g2g_kernels.cpu.plans import in_lists, lists_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.dispatch import forced_backend
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
-from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
 from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_call
 from g2g_kernels.ops.g2g_stack.graph import READ
 from g2g_kernels.ops.g2g_stack.population import (
-    ONE_STEP,
     Call,
     Connection,
     Population,
@@ -42,27 +41,53 @@ from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, opened
 from g2g_kernels.tracing import replaced
 
-#: The lanes of a group of samples are padded to a multiple of it, and a range has a multiple of it of neurons: both are
-#: whole vectors.
-_STRETCH = 64
-#: targets of a range at most: the currents of 8 samples are about a megabyte then, and stay in L2
-RANGE = 40960
+#: neurons of a word of spikes
+_WORD = 64
+#: lanes of a row backward, samples times steps of a window, at most
+LANES = 16
+
+
+class SpikeBits(Spikes):
+    """Spikes of one population of ``size`` neurons as bits, int64 ``words`` [T, B, N / 64, rounded up]; ``like`` has
+    the dtype of :meth:`dense`."""
+
+    def __init__(self, words: torch.Tensor, size: int, like: torch.Tensor) -> None:
+        self._words, self._size, self._like = words, size, like
+
+    def _bits(self) -> torch.Tensor:
+        """uint8 [T, B, N]."""
+        of_bytes = self._words.view(torch.uint8)[..., None] >> torch.arange(8, dtype=torch.uint8)
+        return (of_bytes & 1).flatten(2)[..., : self._size]
+
+    def dense(self) -> torch.Tensor:
+        """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
+        return self._bits().to(self._like.dtype)
+
+    def events(self) -> torch.Tensor:
+        """int64 [spikes, 3], as :meth:`Spikes.events`."""
+        return self._bits().nonzero()
 
 
 class LoopCall(NamedTuple):
     """What the forward pass takes: the contiguous ``current`` [T, B, N], or [B, N] held for ``steps`` steps (otherwise
-    0); and the population, contiguous, with its recurrent connection alone, whose ``source`` is 0, and ``sent``
-    [1, B, N], the step before the first.
+    0); the population, contiguous, with its recurrent connection alone, whose ``source`` is 0, with a delay of D ≥ 1
+    steps, and ``sent`` [D, B, N], the steps before the first; and what goes onto the membrane, like ``current``.
     """
 
     current: torch.Tensor
     population: Population
     steps: int
+    to_membrane: torch.Tensor | None = None
 
     @property
     def recurrent(self) -> Connection:
         """The connection."""
         return self.population.connections[0]
+
+    @property
+    def delay(self) -> int:
+        """D."""
+        return self.recurrent.delay.least if self.recurrent.delay else 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,138 +105,164 @@ class LoopCall(NamedTuple):
         check_ends([self.population], None)
         if len(self.population.connections) > 1 or self.recurrent.source:
             raise ValueError("the population needs its recurrent connection alone, with the source 0")
-        yield "current", self.current, ((samples, size) if self.steps else (steps, samples, size)), torch.float32
+        if self.delay < 1:
+            raise ValueError(f"the recurrent connection has the delay {self.delay}, and needs 1 or more")
+        shape = (samples, size) if self.steps else (steps, samples, size)
+        yield "current", self.current, shape, torch.float32
+        yield "to_membrane", self.to_membrane, shape, torch.float32
         yield "row_order", self.recurrent.mask.row_order, (size,), torch.int64
-        yield "sent", self.population.sent, (1, samples, size), torch.float32
+        yield "sent", self.population.sent, (self.delay, samples, size), torch.float32
         yield from expected_of([self.population], samples)
 
 
 TYPES["LoopCall"] = LoopCall
 
 
-def loop_of(number: int, population: Population, backend: str | None = "cpu") -> Callable | None:
+def loop_of(
+    number: int,
+    population: Population,
+    backend: str | None = "cpu",
+    note: Callable[[int, torch.Tensor], None] = lambda number, words: None,
+) -> Callable | None:
     """The function that runs population ``number`` with its recurrent connection, as in
     :class:`g2g_kernels.ops.g2g_stack.reference.PopulationFunctions`; None if these kernels do not take that from
-    lists."""
+    lists. A run calls ``note`` with the number and the spikes as bits."""
     own = [each for each in population.connections if each.source == number]
-    if population.membranes or len(own) != 1 or own[0].delay != ONE_STEP or own[0].bias is not None:
-        return None
-    if own[0].images is not None:
+    if population.membranes or len(own) != 1:
         return None
     (recurrent,) = own
+    delay = recurrent.delay
+    if delay is None or not 1 <= delay.least == delay.most or delay.learned is not None:
+        return None
+    if recurrent.bias is not None or recurrent.images is not None or recurrent.onto is not None:
+        return None
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():
         return None
     tensors, _ = opened((recurrent, population.neurons.parameters, population.state))
     if any([(tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_cpu for tensor in tensors]):
         return None
     lists = in_lists(recurrent.mask.grid, recurrent.values.shape, "recurrent")
-    return partial(_run, population, recurrent) if lists else None
+    return partial(_run, population, recurrent, partial(note, number)) if lists else None
 
 
 def _run(
     population: Population,
     recurrent: Connection,
+    note: Callable[[torch.Tensor], None],
     current: torch.Tensor,
     steps: int | None,
     state: torch.Tensor | None,
     sent: torch.Tensor | None,
+    to_membrane: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if recurrent.observer is not None and torch.is_grad_enabled():
         # its product is inside the operator, but has the gradient of the current: before that is formed, a first run
         # tells what the connection receives
         with torch.no_grad():
-            spikes, _ = _run(population, recurrent, current, steps, state, sent)
-        before = torch.zeros_like(spikes[:1]) if sent is None else sent[None]
-        current, steps = current.expand(spikes.shape), None
+            spikes, _ = _run(population, recurrent, note, current, steps, state, sent, to_membrane)
+        delay = 0 if recurrent.delay is None else recurrent.delay.least
+        before = spikes.new_zeros(delay, *spikes.shape[1:]) if sent is None else sent
+        current = current.expand(spikes.shape)
+        to_membrane, steps = to_membrane if to_membrane is None else to_membrane.expand(spikes.shape), None
         current = current if current.requires_grad else current.detach().requires_grad_()
-        current = recurrent.observer(torch.cat([before, spikes[:-1]]), current)
+        current = recurrent.observer(torch.cat([before, spikes])[: len(spikes)], current)
     mask = recurrent.mask if isinstance(recurrent.mask, MaskTensors) else recurrent.mask.tensors()
-    joined = Connection("linear", recurrent.values.contiguous(), mask, 0)
-    own = contiguous(replaced(population, state=state), [joined], None if sent is None else sent[None])
-    spikes, last, _ = FORWARD(LoopCall(current.float().contiguous(), own, steps or 0))
+    joined = Connection("linear", recurrent.values.contiguous(), mask, 0, recurrent.delay)
+    own = contiguous(replaced(population, state=state), [joined], sent)
+    to_membrane = to_membrane if to_membrane is None else to_membrane.float().contiguous()
+    spikes, last, words, _ = FORWARD(LoopCall(current.float().contiguous(), own, steps or 0, to_membrane))
+    note(words)
     return spikes.to(current.dtype), last
 
 
-def _group(call: LoopCall) -> tuple[int, int]:
-    """The samples of a group, and its lanes."""
-    _, samples, size = call.shape
-    # a visit of a row of a group costs about as much as eight of its floats
+def _row(call: LoopCall) -> tuple[int, int]:
+    """The samples and the steps of a row of lanes, powers of 2."""
+    _, samples, _ = call.shape
+    # a visit of a row costs about as much as eight of its floats
     width = min((16, 8, 4, 2, 1), key=lambda each: -(-samples // each) * (8 + each))
-    return width, -(-size * width // _STRETCH) * _STRETCH
+    return width, min(LANES // width, 1 << call.delay.bit_length() - 1)
 
 
-def _kept_shape(call: LoopCall) -> tuple[int, ...]:
-    steps, samples, _ = call.shape
-    width, padded = _group(call)
-    return -(-samples // width), steps, len(MODELS[call.population.neurons.model].states), padded
+def _kept_shapes(call: LoopCall, keep: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of spikes as bits and of the states of every step, if these are kept."""
+    steps, samples, size = call.shape
+    words = -(-size // _WORD)
+    states = steps, samples, len(MODELS[call.population.neurons.model].states), _WORD * words
+    return (steps, samples, words), states if keep else (0,)
 
 
-def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tuple[Structure, Plan]:
-    """The arguments of a kernel, and the lists that must outlive it."""
+def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tuple[Structure, list[Any]]:
+    """The arguments of a kernel, and what must outlive it."""
     population, recurrent = call.population, call.recurrent
-    (steps, samples, size), threads = call.shape, torch.get_num_threads()
-    ranges = max(-(-size // RANGE), min(threads, -(-size // _STRETCH)))
-    ranges = -(-ranges // threads) * threads  # as many for each thread
-    lists = lists_for(recurrent.mask, recurrent.values, "cols", -(-size // (ranges * _STRETCH)) * _STRETCH)
-    width, padded = _group(call)
+    steps, samples, size = call.shape
+    lists = lists_for(recurrent.mask, recurrent.values, "cols")
+    weights = lists.ordered(recurrent.values)
+    width, window = _row(call)
     arguments = structures.ListLoop(
         neurons=neuron_arguments(population.neurons, grads),
         by_cols=lists.address,
-        values=pointer(recurrent.values),
-        weights=recurrent.values.numel(),
+        weights=weights.data_ptr(),
+        values=recurrent.values.numel(),
         current=pointer(call.current),
+        to_membrane=pointer(call.to_membrane),
         sent=pointer(population.sent),
         dropped=pointer(population.dropped),
         state=pointer(population.state),
         samples=samples,
         size=size,
         steps=steps,
+        delay=call.delay,
         width=width,
-        padded=padded,
-        threads=threads,
+        window=window,
+        threads=torch.get_num_threads(),
         held=call.steps > 0,
     )
-    return arguments, lists
+    return arguments, [lists, weights]
 
 
-def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    arguments, _lists = _arguments(call)
+def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, ...]:
+    arguments, _outlive = _arguments(call)
     spikes, last = workspace.empty(call.shape), workspace.empty(call.state_shape)
-    kept = workspace.empty(_kept_shape(call) if keep else (0,))
-    arguments.spikes, arguments.last = spikes.data_ptr(), last.data_ptr()
+    of_words, of_states = _kept_shapes(call, keep)
+    words, kept = workspace.empty(of_words, torch.int64), workspace.empty(of_states)
+    arguments.spikes, arguments.last, arguments.words = spikes.data_ptr(), last.data_ptr(), words.data_ptr()
     arguments.kept = kept.data_ptr() if keep else None
     run(library().g2g_list_loop, arguments)
-    return spikes, last, kept
+    return spikes, last, words, kept
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
-    call, (kept,), (grad_spikes, grad_last), _ = given
+    call, (words, kept), (grad_spikes, grad_last), _ = given
     constant = grad_spikes is not None and grad_spikes.stride(0) == 0
     grads, to = given.made(workspace.alike)
     grad_last = grad_last if grad_last is None else grad_last.contiguous()
-    arguments, _lists = _arguments(call, to.population.neurons.parameters)
-    arguments.kept, arguments.grad_spikes, arguments.grad_last = pointer(kept), pointer(grad_spikes), pointer(grad_last)
-    arguments.grad_held = constant
-    arguments.grad_current, arguments.grad_values = pointer(to.current), pointer(to.recurrent.values)
+    arguments, _outlive = _arguments(call, to.population.neurons.parameters)
+    arguments.words, arguments.kept = pointer(words), pointer(kept)
+    arguments.grad_spikes, arguments.grad_last, arguments.grad_held = pointer(grad_spikes), pointer(grad_last), constant
+    arguments.grad_current, arguments.grad_membrane = pointer(to.current), pointer(to.to_membrane)
+    arguments.grad_values = pointer(to.recurrent.values)
     arguments.grad_sent, arguments.grad_state = pointer(to.population.sent), pointer(to.population.state)
     run(library().g2g_list_loop, arguments, backward=True)
     return grads
 
 
 def _outputs(call: LoopCall, keep: bool) -> list[Output]:
-    return [Output(call.shape), Output(call.state_shape), Output(_kept_shape(call) if keep else (0,))]
+    words, states = _kept_shapes(call, keep)
+    return [Output(call.shape), Output(call.state_shape), Output(words, torch.int64), Output(states)]
 
 
 def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
-    population, recurrent, spikes = call.population, call.recurrent, []
-    sent, state = None if population.sent is None else population.sent[0], population.state
+    population, recurrent, state = call.population, call.recurrent, call.population.state
+    sent, spikes = [None] * call.delay if population.sent is None else [*population.sent], []
     for t in range(call.shape[0]):
-        current = call.current if call.steps else call.current[t]
-        if sent is not None:
-            current = current + linear.g2g_linear(sent, recurrent.values, recurrent.mask, None)
-        now, state = in_steps(current[None], population.neurons, None, state)
-        sent = now[0] if population.dropped is None else now[0].masked_fill(population.dropped, 0)
-        spikes.append(sent)
+        arriving, steps = sent[t], slice(None) if call.steps else t
+        current = call.current[steps]
+        to_membrane = None if call.to_membrane is None else call.to_membrane[steps][None]
+        if arriving is not None:
+            current = current + linear.g2g_linear(arriving, recurrent.values, recurrent.mask, None)
+        now, state = in_steps(current[None], population.neurons, None, state, to_membrane=to_membrane)
+        spikes.append(now[0] if population.dropped is None else now[0].masked_fill(population.dropped, 0))
+        sent.append(spikes[-1])
     assert state is not None
     return torch.stack(spikes), state
 
@@ -221,14 +272,14 @@ def _prepared(grad: torch.Tensor) -> torch.Tensor:
     return grad[0].contiguous().expand(grad.shape) if grad.dim() == 3 and grad.stride(0) == 0 else grad.contiguous()
 
 
-RESULTS = "(Tensor spikes, Tensor last, Tensor kept)"
+RESULTS = "(Tensor spikes, Tensor last, Tensor words, Tensor kept)"
 FORWARD = Differentiable("loop", RESULTS, 2, _forward, _backward, _outputs, _plain, prepared=_prepared)
 
 
 # --- populations with weights in lists --------------------------------------------------------------------------
 
 #: fields that these kernels do not read
-UNREAD = unread([*READ, "observer"])
+UNREAD = unread([*READ, "observer", "onto"])
 
 
 def refuses(call: Call) -> str | None:
@@ -245,15 +296,25 @@ def refuses(call: Call) -> str | None:
         return "no weights lie in lists"
     for component in components(call.populations):
         number = component.members[0]
-        if component.period and (len(component.members) > 1 or loop_of(number, call.populations[number]) is None):
+        loops = len(component.members) == 1 and loop_of(number, call.populations[number]) is not None
+        if component.period and not loops:
             names = " and ".join(map(str, sorted(component.members)))
             return (
-                f"what population {names} sends comes back, but not by one recurrent connection in lists with a delay "
-                f"of one step: {component.period} steps at a time take turns"
+                f"what population {names} sends comes back, but not by one recurrent connection in lists with one "
+                f"delay for all neurons: {component.period} steps at a time take turns"
             )
+        if not loops and any([each.onto for each in call.populations[number].connections]):
+            return f"population {number} takes currents onto its membrane, and has no recurrent connection in lists"
     return None
 
 
 def g2g_lists(call: Call) -> Activity:
     """``g2g_stack`` population by population."""
-    return in_turn(call, {"linear": g2g_linear}, partial(in_float32, neurons), loop_of)
+    words: dict[int, torch.Tensor] = {}
+    loops = partial(loop_of, note=words.__setitem__)
+    activity = in_turn(call, {"linear": g2g_linear}, partial(in_float32, neurons), loops)
+    spikes = [
+        SpikeBits(words[number], len(rates), rates.new_empty(0)) if number in words else dense
+        for number, (dense, rates) in enumerate(zip(activity.spikes, activity.rates, strict=True))
+    ]
+    return replaced(activity, spikes=tuple(spikes))

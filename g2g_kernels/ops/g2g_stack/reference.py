@@ -59,14 +59,14 @@ class PopulationFunctions(NamedTuple):
         neurons: of the current [T, B, N], or [B, N] held for a number of steps, that number or None, the states
             before, and a current onto the membrane of the same shape, if there is one, gives spikes [T, B, N] and the
             states after.
-        loop: the same with the recurrent connection, of whose spikes before the first step it also takes [B, N], or
-            None; None where there is nothing but ``neurons``.
+        loop: the same with the recurrent connection, of whose delay of D steps it also takes the spikes of the D steps
+            before the first, [D, B, N], or None; None where there is nothing but ``neurons``.
     """
 
     size: int
     products: Sequence[Callable[[torch.Tensor], torch.Tensor]]
     neurons: Callable[..., tuple[torch.Tensor, Any]]
-    loop: Callable[[torch.Tensor, int | None, Any, torch.Tensor | None], tuple[torch.Tensor, Any]] | None = None
+    loop: Callable[..., tuple[torch.Tensor, Any]] | None = None
 
 
 class Turn(NamedTuple):
@@ -207,13 +207,18 @@ class GraphRun:
     def _loop(self, component: Component) -> bool:
         """Runs a population whose only way to itself is its recurrent connection, if it has an operator for that."""
         number, loop = component.members[0], self.functions[component.members[0]].loop
-        if loop is None or len(component.members) > 1 or len(self.onto[number]) > 1:
+        if loop is None or len(component.members) > 1:
             return False
-        current = self.current(number, 0, self.steps, lambda source: source != number)
+        current, *onto = self.currents(number, 0, self.steps, lambda source: source != number)
         nothing, before = self.begin(number, current)
         current = nothing if current is None else current
+        to_membrane = onto[0] if onto else None
+        if to_membrane is not None:
+            current, to_membrane = torch.broadcast_tensors(current, to_membrane)
         held = self.steps if current.dim() == 2 else None
-        spikes, self.states[number] = loop(current, held, self.states[number], None if before is None else before[-1])
+        (delay,) = [each.delay for each in self.populations[number].connections if each.source == number]
+        sent = None if before is None or delay is None else before[-delay.least :]
+        spikes, self.states[number] = loop(current, held, self.states[number], sent, to_membrane)
         self._send(number, spikes)
         return True
 

@@ -32,6 +32,10 @@ any Delay is refused, since NIR does not say which edge takes the step. :func:`t
 connection of one step to itself as a graph inside of the graph, with the nodes ``input``, ``lif``, ``w_rec``,
 ``output``; snnTorch writes the same nodes without that graph. In a chain, a bias in the loop is read as part of b.
 
+Convolutions are Conv2d, pools of sums and means SumPool2d and AvgPool2d, each before or behind the weights as in the
+projection, and where neurons of an image become a list there is a Flatten. A norm that does not train is folded into
+its convolution. NIR has no node for pools of maxima.
+
 NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 next
 to others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units
 go into the nodes' metadata, which other tools do not read, and so do the names of networks other than plain chains and
@@ -48,14 +52,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from g2g_kernels import BlockMask
 from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import SHARPNESS, Number
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2gnet.base.optional import optional_package
-from g2gnet.interop import nir_links
+from g2gnet.images import Shape
+from g2gnet.interop import nir_images, nir_links
 from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -119,38 +123,42 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         return name
 
     start, end = free("input"), free("output")
-    nodes = {start: nir_links.end_node(nir.Input, net.sizes[-1])}
+    shapes = net.shapes
+    nodes = {start: nir_links.end_node(nir.Input, *shapes["input"])}
     edges: list[tuple[str, str]] = []
-    sizes = dict(zip(net.populations, net.sizes))  # noqa: B905  (the last is the input's)
-    cells = {name: _neurons_node(name, of, sizes[name], dt, nir) for name, of in neurons.items()}
-    joins = {name: _connection_node(connection, nir) for name, connection in net.connections().items()}
+    cells = {name: _neurons_node(name, of, shapes[name], dt, nir) for name, of in neurons.items()}
+    chains = {each.name: nir_images.nodes_of(net, each, nir) for each in net.projections()}
+    joins = {name: chain[name] for name, chain in chains.items()}
     for name, node in () if is_plain(net) else (*cells.items(), *joins.items()):
         node.metadata["g2g_name"] = name
     for projection in net.projections():
         target, connection = net.populations[projection.target], joins[projection.name]
-        of_one_step = projection.source == projection.target and projection.most == 1 and not projection.per_neuron
+        chain, of_one_step = chains[projection.name], projection.source == projection.target and projection.most == 1
+        of_one_step = of_one_step and not projection.per_neuron and len(chain) == 1
         if of_one_step and not isinstance(nodes.get(target), nir.NIRGraph):
-            first, last = (nir_links.end_node(kind, sizes[target]) for kind in (nir.Input, nir.Output))
+            first, last = (nir_links.end_node(kind, *shapes[target]) for kind in (nir.Input, nir.Output))
             inner = {"input": first, "lif": cells[target], "w_rec": connection, "output": last}
             loop = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
             nodes[target] = nir.NIRGraph(nodes=inner, edges=loop)
             continue
-        way = [start if projection.source < 0 else net.populations[projection.source], projection.name, target]
+        own = {name if name == projection.name else free(name): node for name, node in chain.items()}
+        way = [start if projection.source < 0 else net.populations[projection.source], *own, target]
         if (projection.most or projection.per_neuron) and not of_one_step:
             way.insert(1, free(f"{projection.name}_delay"))
             nodes[way[1]] = _delay_node(net, projection, dt, nir)
-        nodes[projection.name] = connection
+        nodes |= own
         nodes.setdefault(target, cells[target])
         edges += itertools.pairwise(way)  # in the order in which currents are added up
-    nodes[end] = nir_links.end_node(nir.Output, net.sizes[net.depth - 1])
+    nodes[end] = nir_links.end_node(nir.Output, *shapes[net.populations[-1]])
     _warn_of_the_hold([name for name, of in neurons.items() if of.model.name == "synaptic"])
     return nir.NIRGraph(nodes=nodes, edges=[*edges, (net.populations[-1], end)])
 
 
 def _check_written(net: SpikingNetwork) -> None:
     for name, module in (*net.connections().items(), *net.neurons().items()):
-        if not isinstance(module, G2GLinear | SpikingNeurons):
-            raise ValueError(f"{name} is a {type(module).__name__}; only G2GLinear and the neurons of g2gnet convert")
+        if not isinstance(module, G2GLinear | SpikingNeurons) and not nir_images.is_of_images(module):
+            kind = type(module).__name__
+            raise ValueError(f"{name} is a {kind}; only G2GLinear, G2GConv2d, pools and the neurons of g2gnet convert")
         if "/" in name:
             raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
     for number, name in enumerate(net.populations[:-1]):
@@ -221,13 +229,24 @@ def from_nir(
     if unknown := set(masks) - set(known):
         raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(known)}")
 
-    def connection(link: nir_links.Link) -> G2GLinear:
-        return _connection(link, nodes[link.name], masks.get(link.name), backend)
+    def connection(link: nir_links.Link) -> Any:
+        mask = masks.get(link.name)
+        if len(link.shape) == 2:
+            layer: Any = _connection(link, nodes[link.name], mask, backend)
+        else:
+            layer = nir_images.layer_of(link, nodes[link.name], mask, backend)
+        pools = [[nir_images.pool_of(name, nodes[name]) for name in names] for names in (link.before, link.after)]
+        parts = [*pools[0], layer, *pools[1]]
+        return layer if len(parts) == 1 else torch.nn.Sequential(*parts)
 
     ours = {}
     for link in links:
         if link.target not in ours:
-            ours[link.target] = _neurons(link.target, nodes[link.target], link.shape[0], dt, backend)
+            node = nodes[link.target]
+            size = link.shape[0] if len(link.shape) == 2 else np.size(node.v_threshold)
+            ours[link.target] = _neurons(link.target, node, size, dt, backend)
+    inputs = [np.ravel(node.input_type["input"]).tolist() for node in nodes.values() if isinstance(node, nir.Input)]
+    shape = next((tuple(map(int, each)) for each in inputs if len(each) == 3), None)
     _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
     names = {}
     for name in (*ours, *known):
@@ -235,7 +254,7 @@ def from_nir(
             names[name] = str(metadata.get("g2g_name", ""))
     if not any(names.values()) and (chain := nir_links.chain_of(links, output)) is not None:
         layers: list[Any] = [(connection(link), ours[link.target], *map(connection, loops)) for link, loops in chain]
-        return _in_bits(SpikingStack(layers, T, backend))
+        return _in_bits(SpikingStack(layers, T, backend, input_shape=shape))
     modules = {name: of or name.replace(".", "_") for name, of in names.items()}
     for name, module in modules.items():
         if [*modules.values()].count(module) > 1:
@@ -243,18 +262,19 @@ def from_nir(
     projections = {}
     for link in links:
         source = "input" if link.source is None else modules[link.source]
-        given: Any = {name: getattr(link, name) for name in link._fields[5:]}
+        given: Any = {name: getattr(link, name) for name in link._fields[5:9]}
         projections[modules[link.name]] = Projection(source, modules[link.target], connection(link), **given)
     populations = {modules[name]: neurons for name, neurons in ours.items()}
-    return _in_bits(SpikingNetwork(populations, projections, modules[output], T, backend=backend))
+    net = SpikingNetwork(populations, projections, modules[output], T, backend=backend, input_shape=shape)
+    return _in_bits(net)
 
 
 def _in_bits(net: SpikingNetwork) -> Any:
     """The network, which computes with as many bits as its nodes say."""
-    bits = {name: layer.bits for name, layer in net.connections().items()}
+    bits = {name: layer.bits for name, layer in net.connections().items() if isinstance(layer, G2GLinear)}
     if len({*bits.values()}) > 1:
         raise ValueError(f"the weights of nodes have other numbers of bits ({bits}); give all the same, or none")
-    net.quantize = next(iter(bits.values()))
+    net.quantize = next(iter(bits.values()), None)
     return net
 
 
@@ -264,27 +284,14 @@ def _threshold(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} must be at least 0: below it neurons spike at every step without any input")
 
 
-def _array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32)).numpy().copy()
-
-
-def _connection_node(connection: G2GLinear, nir: Any) -> Any:
-    mask = connection.mask
-    weight = _array(connection.dense_weight())
-    metadata: dict[str, Any] = {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
-    if connection.bits is not None:
-        metadata["bits"] = connection.bits
-    if connection.bias is None:
-        return nir.Linear(weight=weight, metadata=metadata)
-    return nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
-
-
 def _delay_node(net: SpikingNetwork, projection: NumberedProjection, dt: float, nir: Any) -> Any:
     metadata = {}
     if projection.per_neuron:
         metadata = {"max_delay": projection.most, "learn_delay": projection.width > 0}
         metadata |= {"delay_width": projection.width} if projection.width else {}
-    return nir.Delay(delay=net.delays(projection.name).cpu().double().numpy() * dt, metadata=metadata)
+    shape = net.shapes[(*net.populations, "input")[projection.source]]
+    delays = net.delays(projection.name).cpu().double().numpy().reshape(shape)
+    return nir.Delay(delay=delays * dt, metadata=metadata)
 
 
 def _connection(link: nir_links.Link, node: Any, mask: Mask | None, backend: str | None) -> G2GLinear:
@@ -294,11 +301,7 @@ def _connection(link: nir_links.Link, node: Any, mask: Mask | None, backend: str
     if link.bias is not None:
         linear.bias.data.copy_(torch.tensor(link.bias))
     with nir_links.metadata_of(name, node) as metadata:
-        if mask is None and (row := metadata.get("wiring")) is not None:
-            wiring = torch.from_numpy(numbers("wiring", row, np.size(row)))
-            mask = BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
-            if weight[~mask.to_dense().numpy()].any():
-                raise ValueError(f"wiring calls weights absent that are not 0; give masks={{{name!r}: ...}}")
+        mask = nir_images.mask_of(name, metadata, weight) if mask is None else mask
         if (bits := metadata.get("bits")) is not None:
             check_bits("bits", bits)
     layer = G2GLinear.from_linear(linear, mask, backend)
@@ -306,11 +309,11 @@ def _connection(link: nir_links.Link, node: Any, mask: Mask | None, backend: str
     return layer
 
 
-def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float, nir: Any) -> Any:
-    form = _FORMS[neurons.model.name]
+def _neurons_node(name: str, neurons: SpikingNeurons, shape: Shape, dt: float, nir: Any) -> Any:
+    form, size = _FORMS[neurons.model.name], math.prod(shape)
     values = {
         parameter: (value.clamp(0, 1) if parameter in neurons.model.decays else value)
-        .detach().cpu().double().expand(size).numpy()
+        .detach().cpu().double().expand(size).view(shape).numpy()
         for parameter, value in neurons.by_name.items()
     }  # fmt: skip
     integrates = neurons.model.name == "lif" and bool((values["beta"] == 1).all())
@@ -326,15 +329,15 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float, nir:
         metadata[f"{parameter}_per_neuron"] = value.numel() > 1
         metadata[f"learn_{parameter}"] = isinstance(value, torch.nn.Parameter)
     if integrates:
-        rate = np.full(size, 1 / dt)
-        return nir.IF(r=rate, v_threshold=values["threshold"], v_reset=np.zeros(size), metadata=metadata)
+        rate = np.full(shape, 1 / dt)
+        return nir.IF(r=rate, v_threshold=values["threshold"], v_reset=np.zeros(shape), metadata=metadata)
     strengths = {strength: 1 / (1 - values[decay]) for strength, decay in form.strengths.items()}
     gain = math.prod(1 - values[decay] for decay in form.time_constants if decay not in form.strengths.values())
     return getattr(nir, form.node)(
         **{constant: dt / (1 - values[decay]) for decay, constant in form.time_constants.items()},
-        **{"r": np.ones(size), **strengths},
-        v_leak=np.zeros(size),
-        v_reset=np.zeros(size),
+        **{"r": np.ones(shape), **strengths},
+        v_leak=np.zeros(shape),
+        v_reset=np.zeros(shape),
         v_threshold=values["threshold"] * gain,
         metadata=metadata,
     )

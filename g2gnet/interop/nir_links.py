@@ -1,4 +1,5 @@
-"""The connections of a NIR graph: one linear node joins neurons, perhaps behind a Delay node, to neurons."""
+"""The connections of a NIR graph: one linear node or convolution, perhaps between pools and behind a Delay node, or
+pools alone, join neurons to neurons."""
 
 import contextlib
 import itertools
@@ -13,33 +14,38 @@ from g2gnet.interop.arrays import numbers
 
 
 class Link(NamedTuple):
-    """A linear node, the neurons before it (None: the input) and behind it; last what :class:`Projection` takes."""
+    """A linear node or convolution, the neurons before it (None: the input) and behind it, the shape of its weight
+    (none of pools alone), what :class:`Projection` takes, and the pool nodes before and behind it."""
 
     name: str
     source: str | None
     target: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     bias: np.ndarray | None
     delay: int | torch.Tensor
     learn_delay: bool = False
     max_delay: int | None = None
     delay_width: int = 1
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
 
     def takes(self, steps: int) -> bool:
         """Whether every neuron has this fixed delay."""
-        return isinstance(self.delay, int) and self[5:] == (steps, False, None, 1)
+        return isinstance(self.delay, int) and self[5:9] == (steps, False, None, 1)
 
 
 def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: float, nir: Any) -> tuple[list[Link], str]:
-    """All linear nodes in the order of the edges, and the neurons that lead to the output. Raises ValueError for other
-    nodes, and for edges that are not part of such a connection."""
-    linear, neurons = (nir.Affine, nir.Linear), (nir.LIF, nir.CubaLIF, nir.IF)
+    """All connections in the order of the edges, those of pools alone last, and the neurons that lead to the output.
+    Raises ValueError for other nodes, and for edges that are not part of such a connection."""
+    linear, neurons = (nir.Affine, nir.Linear, nir.Conv2d), (nir.LIF, nir.CubaLIF, nir.IF)
+    pools = (nir.SumPool2d, nir.AvgPool2d)
     for name, node in nodes.items():
         if node is None:
             raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
-        if not isinstance(node, (nir.Input, nir.Output, nir.Delay, *linear, *neurons)):
+        if not isinstance(node, (nir.Input, nir.Output, nir.Delay, *linear, *pools, *neurons)):
             raise ValueError(
-                f"node {name} is a {type(node).__name__}; a network takes Affine, Linear, Delay, LIF, CubaLIF and IF"
+                f"node {name} is a {type(node).__name__}; a network takes Affine, Linear, Conv2d, SumPool2d, "
+                "AvgPool2d, Flatten, Delay, LIF, CubaLIF and IF"
             )
     start, end = (_end_of("the graph", nodes, edges, kind) for kind in (nir.Input, nir.Output))
     if not isinstance(nodes[start], nir.Input):  # tools that write no ends
@@ -62,23 +68,48 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
             )
         return other
 
-    used, links = set(), []
-    for name in dict.fromkeys([*itertools.chain(*edges), *nodes]):
-        if not isinstance(nodes[name], linear):
+    used: set[tuple[str, str]] = set()
+    links: list[Link] = []
+
+    def past_pools(name: str, joined: Mapping[str, list[str]], verb: str, kinds: tuple[type, ...]) -> tuple[str, ...]:
+        """The pools that follow a node in one direction, and the first node behind them, which is of these kinds."""
+        found: tuple[str, ...] = ()
+        while not found or isinstance(nodes[name], pools):
+            other = only(name, joined, verb, (*pools, *kinds))
+            used.add((other, name) if joined is before else (name, other))
+            found, name = (*found, other), other
+        return found
+
+    in_order = list(dict.fromkeys([*itertools.chain(*edges), *nodes]))
+    weighted = [name for name in in_order if isinstance(nodes[name], linear)]
+    for name in (*weighted, *[name for name in in_order if isinstance(nodes[name], pools)]):
+        if any(name in (*link.before, *link.after) for link in links):
             continue
-        target = only(name, behind, "leads to", neurons)
-        source = only(name, before, "receives from", (nir.Delay, nir.Input, *neurons))
-        shape = numbers(f"node {name}: weight", nodes[name].weight).shape
-        used |= {(source, name), (name, target)}
+        *after, target = past_pools(name, behind, "leads to", neurons)
+        *of_before, source = past_pools(name, before, "receives from", (nir.Delay, nir.Input, *neurons))
+        shape: tuple[int, ...] = ()
+        earlier, bias = tuple(of_before[::-1]), None
+        if isinstance(nodes[name], linear):
+            weight = nodes[name].weight
+            of_images = np.size(weight) if isinstance(nodes[name], nir.Conv2d) else None
+            if of_images is not None and (np.ndim(weight) != 4 or not of_images):
+                raise ValueError(
+                    f"node {name}: weight has shape {list(np.shape(weight))}; give [out, in, rows, columns]"
+                )
+            shape = np.shape(weight) if of_images else numbers(f"node {name}: weight", weight).shape
+            bias = getattr(nodes[name], "bias", None)
+        if bias is not None:
+            bias = np.broadcast_to(numbers(f"node {name}: bias", bias, shape[0]), shape[0])
         delay: tuple[Any, ...] = (int(source == target),)  # in a loop one step, the least
         if isinstance(nodes[source], nir.Delay):
             later, source = source, only(source, before, "receives from", (nir.Input, *neurons))
             used.add((source, later))
-            delay = _delay(later, nodes[later], shape[1], dt)
-        bias = getattr(nodes[name], "bias", None)
-        if bias is not None:
-            bias = np.broadcast_to(numbers(f"node {name}: bias", bias, shape[0]), shape[0])
-        links.append(Link(name, None if source == start else source, target, shape, bias, *delay))
+            size = shape[1] if len(shape) == 2 and not earlier else np.size(nodes[later].delay)
+            delay = _delay(later, nodes[later], size, dt)
+        if not shape:  # of pools, the first names the connection
+            earlier, name, after = (), (*earlier, name)[0], [*(*earlier, name)[1:], *after]
+        link = Link(name, None if source == start else source, target, shape, bias, *delay)
+        links.append(link._replace(before=earlier, after=tuple(after)))
     if isinstance(nodes[end], nir.Output):
         output = only(end, before, "receives from", neurons)
         used.add((output, end))
@@ -134,10 +165,10 @@ def chain_of(links: Sequence[Link], output: str) -> list[tuple[Link, list[Link]]
     return layers if name == output else None
 
 
-def end_node(kind: Any, size: int) -> Any:
+def end_node(kind: Any, *shape: int) -> Any:
     """An input or output node."""
     name = kind.__name__.lower()
-    return kind(**{f"{name}_type": {name: np.array([size])}})
+    return kind(**{f"{name}_type": {name: np.array(shape)}})
 
 
 def _end_of(what: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], kind: Any) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork, SpikingStack, Synaptic
+from g2gnet import LIF, G2GConv2d, G2GLinear, G2GNet, Projection, SpikingNetwork, SpikingStack, SumPool2d, Synaptic
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 from g2gnet.interop.plain import plain
 
@@ -463,3 +463,103 @@ def test_the_package_and_the_number_of_steps_are_asked_for(package, load, give, 
     for convert in (functools.partial(load, T=STEPS), give):
         with pytest.raises(ImportError, match=message):
             convert(small_net(reset="zero"))
+
+
+def image_net(kind):
+    """Networks of images whose neurons fire."""
+    draw = torch.Generator().manual_seed(1)
+
+    def conv(*sizes, **options):
+        layer = G2GConv2d(*sizes, generator=draw, **options)
+        layer.weight.data.mul_(3)
+        return layer
+
+    def cells():
+        return LIF(reset="zero", threshold=0.5)
+
+    if kind == "layers":
+        options = {"num_groups": 2, "block_size": 1, "p_inter": 0.6, "per_neuron": True, "delay": 1, "threshold": 0.2}
+        net = G2GNet((2, 11, 9), None, 5, "random", layers="4C3-AP2-6C5-AP2-7", reset="zero", generator=draw, **options)
+        for name in ("conv2", "fc3", "fc4"):
+            getattr(net, name).values.data.mul_(6)
+    else:
+        norm = nn.BatchNorm2d(6)
+        norm.running_mean.copy_(torch.linspace(-0.3, 0.3, 6))
+        norm.weight.data.fill_(1.5)
+        last = G2GLinear(BlockMask.full(GroupLayout(5, 1), GroupLayout(18, 1), 64), generator=draw)
+        last.values.data.mul_(4)
+        net = SpikingNetwork(
+            {"a": cells(), "p": cells(), "out": cells()},
+            [
+                Projection("input", "a", nn.Sequential(conv(2, 6, 3, stride=2, bias=False), norm, SumPool2d((1, 2)))),
+                Projection("a", "a", conv(6, 6, 3, padding=1, dilation=1, bias=False), delay=1),
+                Projection("a", "p", nn.Sequential(SumPool2d(1), nn.AvgPool2d((1, 2), (1, 1))), delay=2),
+                Projection("p", "out", nn.Sequential(nn.AvgPool2d((2, 1), padding=(1, 0)), nn.Flatten(), last)),
+            ],
+            "out",
+            input_shape=(2, 11, 9),
+        )  # fmt: skip
+    net.T = 6
+    return net
+
+
+@pytest.mark.parametrize("kind", ["layers", "pools"])
+def test_a_network_of_images_comes_back_from_a_file_of_nir(kind, tmp_path):
+    net = image_net(kind)
+    if kind == "pools":
+        with pytest.raises(ValueError, match=r"input_to_a_norm takes .*; call net\.eval\(\) first, which folds it"):
+            to_nir(net)
+    nir.write(tmp_path / "net.nir", to_nir(net.eval()))
+    graph = nir.read(tmp_path / "net.nir")
+    kinds = {type(node).__name__ for node in graph.nodes.values()}
+    assert kinds >= {"Conv2d", "AvgPool2d", "Flatten", "Delay", *(["SumPool2d"] if kind == "pools" else [])}
+    back = from_nir(graph, T=6)
+    assert back.shapes == net.shapes
+    x = (torch.rand(6, 3, 2, 11, 9, generator=torch.Generator().manual_seed(0)) < 0.4).float()
+    activity = net.simulate(x)
+    assert all(0 < train.dense().mean() < 1 for train in activity.spikes)
+    for own, read in zip(activity.spikes, back.simulate(x).spikes, strict=True):
+        assert torch.equal(own.dense(), read.dense())
+    if kind == "layers":
+        assert {name: layer.mask.num_units for name, layer in back.connections().items()} == {
+            name: layer.mask.num_units for name, layer in net.connections().items()
+        }
+
+
+def test_convolutions_of_other_tools_are_read_and_what_nir_cannot_say_of_images_is_named():
+    weight, one = np.ones((2, 1, 3, 3)) / 4, np.ones(1)
+    conv = nir.Conv2d((4, 4), weight, 1, "same", 1, 1, np.zeros(2))
+    cells = nir.IF(r=np.ones((2, 4, 4)), v_threshold=np.ones((2, 4, 4)))
+    pool = nir.SumPool2d(np.array([2, 2]), np.array([2, 2]), np.array([0, 0]))
+    flat = nir.Flatten({"input": np.array([2, 2, 2])}, 0)
+    last = nir.Linear(weight=np.ones((1, 8))), nir.IF(r=one, v_threshold=one)
+    nodes = {
+        "in": nir.Input(np.array([1, 4, 4])),
+        "c": conv,
+        "n": cells,
+        "s": pool,
+        "f": flat,
+        "w": last[0],
+        "o": last[1],
+    }
+    graph = graph_of({**nodes, "out": nir.Output(np.array([1]))})
+    net = from_nir(graph, dt=1.0, T=2)
+    assert (type(net), net.shapes["lif1"]) == (SpikingStack, (2, 4, 4))
+    spikes = net.simulate(torch.ones(2, 1, 1, 4, 4)).spikes[0].dense()[0, 0].view(2, 4, 4)
+    # an inner pixel sums nine quarters, a corner four
+    assert spikes[:, 1:3, 1:3].all()
+    assert not spikes[:, 0, 0].any()
+    graph.nodes["c"].weight = np.ones(3)
+    with pytest.raises(ValueError, match=r"node c: weight has shape \[3\]; give \[out, in, rows, columns\]"):
+        from_nir(graph, dt=1.0, T=2)
+    for layers, message in (
+        ([nn.MaxPool2d(2)], "conv1: NIR has no node for a pool of maxima; train the network with nn.AvgPool2d"),
+        ([nn.AvgPool2d(2, ceil_mode=True)], "conv1: NIR has no node for pools with ceil_mode"),
+        ([], "conv1 has kernels of 3 × 1 and 1 groups; the types of the package nir are those of square kernels"),
+    ):
+        kernel = 3 if layers else (3, 1)
+        stack = SpikingStack(
+            [(nn.Sequential(*layers, G2GConv2d(1, 2, kernel)), LIF(reset="zero"))], input_shape=(1, 9, 9)
+        )
+        with pytest.raises(ValueError, match=message):
+            to_nir(stack)

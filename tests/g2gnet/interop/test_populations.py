@@ -318,8 +318,8 @@ def test_masks_are_given_by_the_names_of_nodes_and_dots_become_modules():
         (two_areas([("a", "b")]), "the edge a → b is part of no connection from neurons .or the input. by one Linear"),
         (two_areas([("a", "d"), ("d", "b")], d=nir.Delay(np.ones(8))), "the edge a → d is part of no connection"),
         (two_areas([("a", "out")]), "node out receives from b, a, where one node is needed"),
-        (two_areas(w2=nir.Conv2d((1, 1), np.ones((1, 1, 1, 1)), 1, 0, 1, 1, np.zeros(1))),
-         "node w2 is a Conv2d; a network takes Affine, Linear, Delay, LIF, CubaLIF and IF"),
+        (two_areas(w2=nir.Conv1d(1, np.ones((1, 1, 1)), 1, 0, 1, 1, np.zeros(1))),
+         "node w2 is a Conv1d; a network takes Affine, Linear, Conv2d, SumPool2d, AvgPool2d, Flatten, Delay, LIF"),
         (two_areas(b=None), "node b is empty: the tool that wrote the graph could not express it"),  # norse's RLIF cell
         (two_areas(w=linear(6, 8)), "node w leads to nothing, where one node is needed"),
         (two_areas(d=nir.Delay(np.ones(8))), "node d receives nothing"),
@@ -346,7 +346,7 @@ def test_graphs_that_no_network_has_are_refused_by_name(graph, message):
         (SpikingNetwork({"a": LIF(**LEAK), "b": LIF(**LEAK)}, chain_ends(), "a", STEPS),
          "b sends to no other population, and NIR takes it for an output"),
         (graph_of(Projection("input", "a", torch.nn.Linear(INPUTS, 8)), a=LIF(**LEAK)),
-         "input_to_a is a Linear; only G2GLinear and the neurons of g2gnet convert"),
+         "input_to_a is a Linear; only G2GLinear, G2GConv2d, pools and the neurons of g2gnet convert"),
     ],
 )  # fmt: skip
 def test_networks_that_nir_cannot_carry_are_refused_by_name(net, message):

@@ -3,7 +3,7 @@
 The fly-brain model (Shiu et al. 2024) on a drawn network of its size: steps of 0.1 ms, 700 neurons excited at 150 Hz
 straight on the membrane, a delay of 18 steps. Brian2 runs the same network and inputs in float64, we in float32; the
 table has the spikes of each. Gradients are those of the mean rate by the weights, under a triangle from θ/2 to 3θ/2 or
-under the arctangent, and reach ``TRUNCATE`` steps back. NEST, which conda alone has, is not among the contenders.
+under the arctangent, and reach ``TRUNCATE`` steps back. NEST runs the nearest network of its own (:func:`in_nest`).
 
 The last rows are training steps of the network of :mod:`benchmarks.brain`, ``--T`` steps and ``--batch_size`` samples,
 with other delays and surrogates.
@@ -153,6 +153,38 @@ def in_brian2(arguments: argparse.Namespace) -> Run:
     return run
 
 
+def in_nest(arguments: argparse.Namespace) -> Run:
+    """In float64; ``iaf_psc_exp`` neurons keep their current at a spike and take no input onto the membrane. Excited
+    neurons are parrots therefore, which repeat their inputs, and nothing else."""
+    import nest
+
+    brain, steps, excited = _second(arguments)
+    nest.ResetKernel()
+    nest.resolution = 0.1
+    parrots = nest.Create("parrot_neuron", excited)
+    alike = {"C_m": TAU, "tau_m": TAU, "tau_syn_ex": TAU_SYN, "tau_syn_in": TAU_SYN, "t_ref": REFRACTORY / 10}
+    rest = {"E_L": 0.0, "V_m": 0.0, "V_reset": 0.0, "V_th": THETA}
+    cells = nest.Create("iaf_psc_exp", brain.neurons - excited, alike | rest)
+    own = brain.post >= excited
+    weights = {"weight": brain.weight[own].astype(float), "delay": np.full(int(own.sum()), DELAY / 10)}
+    nest.Connect(brain.pre[own] + 1, brain.post[own] + 1, "one_to_one", weights)
+    given = excitation(steps, 1, excited)[:, 0]
+    times = [{"spike_times": (0.1 * (each.nonzero()[:, 0] + 1)).tolist()} for each in given.T]
+    cue = nest.Create("spike_generator", excited, times)
+    nest.Connect(cue, parrots, "one_to_one", {"delay": 0.1})
+    recorder = nest.Create("spike_recorder")
+    nest.Connect(parrots + cells, recorder)
+
+    def run() -> int:
+        cue.origin = nest.biological_time
+        cells.V_m = 0.0  # what is on its way or decays stays from the last run
+        recorder.n_events = 0
+        nest.Simulate(steps / 10)
+        return int(recorder.n_events)
+
+    return run
+
+
 #: by name: what makes their run, with how many threads, the steps for each one of ``--T``, and what they are in words
 CONTENDERS: dict[str, tuple[Callable[..., Run], int, int, str]] = {
     "forward": (forward, 1, STEPS, "g2g, one trial"),
@@ -160,6 +192,7 @@ CONTENDERS: dict[str, tuple[Callable[..., Run], int, int, str]] = {
     "gradients": (gradients, 1, STEPS, f"g2g, one trial forward and backward, triangle, truncate={TRUNCATE}"),
     "atan": (partial(gradients, surrogate="atan"), 2, STEPS, f"g2g, the same, arctangent, chunk={TRUNCATE}"),
     "brian2": (in_brian2, 1, STEPS, "Brian2, one trial"),
+    "nest": (in_nest, 1, STEPS, "NEST, one trial"),
     **{
         f"training-{delay}-{surrogate}": (
             partial(training, delay=delay, surrogate=surrogate), 2, 1, f"g2g, training, delay {delay}, {surrogate}",

@@ -1,5 +1,6 @@
 """Arguments with few possible values, flags and names, and the one check of each."""
 
+import difflib
 import reprlib
 from collections.abc import Iterable
 from typing import Any
@@ -27,4 +28,7 @@ def check_choice(name: str, value: Any, known: Iterable[str], more: str = "", of
 
 def unknown(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> str:
     """The message about an unknown value."""
-    return f"{name}={_SHORT.repr(value)}{of} is unknown; choose one of {', '.join(known)}{more and ', or '}{more}"
+    known = list(known)
+    near = difflib.get_close_matches(str(value), known, 1)
+    choices = f"{', '.join(known)}{more and ', or '}{more}{f'; did you mean {near[0]}?' if near else ''}"
+    return f"{name}={_SHORT.repr(value)}{of} is unknown; choose one of {choices}"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from g2g_kernels import select_device
+from g2g_kernels.choices import unknown
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2g_kernels.numbers import COUNT, Number
 from g2gnet.base.distributed import LIMIT, join, launched, rank
@@ -92,7 +93,9 @@ class Parser(argparse.ArgumentParser):
         kinds = {"int": "a whole number", "float": "a number"}
         bad = re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message)
         text = f"{bad[1]} {bad[3]} is not {kinds[bad[2]]}" if bad else message
-        known = ("--help", "did you mean", "choose from", "; give ")  # which say what to do
+        if choice := re.fullmatch(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
+            text = unknown(choice[1], choice[2], choice[3].replace("'", "").split(", "))
+        known = ("--help", "did you mean", "choose one of", "choose from", "; give ")  # which say what to do
         remedy = "" if any(word in text for word in known) else "; see --help"
         self.exit(2, f"{self.prog}: error: {text}{remedy}\n")
 

@@ -189,8 +189,8 @@ def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):
         ("small --rows statical", 1, "--rows 'statical' matches none of the rows, which --help lists"),
         ("small --finished", 1, "no run of small is finished"),
         ("small --validation --seeds -1", 2, "seed=-1 must be"),
-        ("ring --seeds 1", 2, "invalid choice: 'ring'"),
-        ("smal", 2, "invalid choice: 'smal'"),
+        ("ring --seeds 1", 2, "='ring' is unknown"),
+        ("smal", 2, "='smal' is unknown"),
     ):
         with contextlib.suppress(SystemExit):  # of a parser
             assert study.main([*flags.split(), *(["--runs", str(tmp_path)] if " " in flags else [])]) == status

@@ -135,9 +135,11 @@ def train_runs(
                         future.result()
                         bar.write(on_end(run), file=sys.stderr)
                     except concurrent.futures.BrokenExecutor as error:
-                        what = "a process that trained was killed, as by a system without memory"
-                        remedy = "its saved epochs are kept. Lower `jobs`, or do the same again to resume"
+                        what = "a process that trained was stopped, or killed, as by a system without memory"
+                        remedy = "its saves are kept. Do the same again to resume; lower `jobs` if memory was short"
                         raise TrainingError(f"{what}; {remedy}") from error
+                    except Interrupted:  # of this process, not of the run
+                        raise
                     except Exception as error:
                         with bar.external_write_mode(file=sys.stderr):
                             failed[run.label] = _log_failure(run, error)

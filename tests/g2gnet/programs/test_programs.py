@@ -97,6 +97,10 @@ def test_no_module_below_the_programs_names_a_flag():
         ("--hidden 12", "unknown flag --hidden; did you mean --hidden_dim?"),
         ("--hidden-dim=12", "unknown flag --hidden-dim; did you mean --hidden_dim?"),
         ("--dst_s cosine", "unknown flag --dst_s; did you mean --dst_schedule or --dst_stop?"),
+        (
+            "--neuron synapic",
+            "--neuron='synapic' is unknown; choose one of lif, synaptic, adlif, cubalif; did you mean synaptic?",
+        ),
         ("-T 3", "unknown flag -T; did you mean --T?"),
         ("--colour red", "unknown flag --colour; --help lists the flags"),
         ("--epochs ten", "--epochs 'ten' is not a whole number; see --help"),

@@ -296,7 +296,7 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
         before, worker = epochs(), pool.submit(os.getpid).result()
         killer = threading.Thread(target=lambda: until(before + 2) or os.kill(worker, signal.SIGKILL), daemon=True)
         killer.start()
-        with pytest.raises(TrainingError, match="a process that trained was killed"):
+        with pytest.raises(TrainingError, match="a process that trained was stopped, or killed"):
             engine.train_runs(runs_of(grid, folder), pool, {}, "sweep", lambda run: run.label)
     assert epochs() < 24
     resumed, whole = (sweep.run(grid, place, executor=thread) for place in (folder, tmp_path / "whole"))
@@ -305,8 +305,11 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
         assert_equal(load(one.files), load(other.files))
 
 
-def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(program, "run", lambda *runs, **options: signal.raise_signal(signal.SIGTERM))
+@pytest.mark.parametrize("where", ["wait", "Future.result"])
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, capsys, monkeypatch, thread, where):
+    monkeypatch.setattr(engine, "processes", lambda jobs: contextlib.nullcontext(thread))
+    monkeypatch.setattr(engine, "train_run", lambda given, folder: None)
+    monkeypatch.setattr(f"concurrent.futures.{where}", lambda *_: signal.raise_signal(signal.SIGTERM))
     assert program.main([*flags_of(QUICK), "--folder", str(tmp_path)]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == f"g2g-sweep: interrupted by SIGTERM; {program.RESUME}\n"
 

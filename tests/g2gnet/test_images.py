@@ -129,7 +129,7 @@ class Drawn:
         layer = exact(G2GConv2d(inner[0], out, kernel, stride, padding, dilation, **options), numbers)
         found = tuple(layer(torch.zeros(1, *inner)).shape[1:])
         after = self._pool(draw, found, before=False)
-        if before is None and mask is None and draw.random() < 0.1:  # a pool alone
+        if before is None and mask is None and draw.random() < 0.1 and not self.chain:  # a pool alone
             before, layer, after = SumPool2d(1), None, None
             found = shape
         parts = [each for each in (before, layer, after) if each is not None]
@@ -279,7 +279,7 @@ def test_random_networks_against_a_loop_in_float64(backend, poisoned):
 @pytest.mark.parametrize("cost", [0, 1, float("inf")])  # by events, by the faster product, by dense ones
 def test_random_chains_of_images_against_a_loop_in_float64(cost, poisoned, monkeypatch):
     monkeypatch.setattr(library, "CONVOLUTION_COST", cost)
-    assert sum(check(seed, "cpu", chain=True) for seed in range(4)) > 1000
+    assert sum(check(seed, "cpu", chain=True) for seed in range(4, 8)) > 1000
 
 
 @on_cpu

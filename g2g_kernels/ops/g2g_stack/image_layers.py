@@ -370,7 +370,7 @@ def _arguments(call: ImagesCall, of: _Sizes, words: Sequence[torch.Tensor], firs
         pooled_columns=of.sent[2],
         inputs=pointer(inputs),
         current=call.x.data_ptr() if layer.weight is None else None,
-        held=call.steps > 0,
+        held=call.steps > 0 and layer.weight is None,
         spikes=spikes.data_ptr(),
         pooled=pointer(pooled),
         state=pointer(layer.state),

@@ -29,11 +29,13 @@ INPUTS, OUTPUTS = 784, 10
 GAIN = 2.0
 #: samples whose counts are compared, and the share of them that must be equal: sums in another order move some spikes
 CHECKED, LEAST_EQUAL = 8, 0.99
-#: (source, target, delay) of each projection; "D": drawn for each neuron, from 0 to --delay; "wide": learned, width 10
+#: (source, target, delay) of each projection; "D": drawn for each neuron, up to --delay; "wide": learned, width 10
 CHAIN: list[tuple[str, str, Any]] = [("input", "a", 0), ("a", "b", 0), ("b", "out", 0)]
 LATE: list[tuple[str, str, Any]] = [("input", "a", 0), ("a", "b", "D"), ("b", "out", "D")]
 LEARNED, WIDE = ([(source, target, how if late else 0) for source, target, late in LATE] for how in ("learned", "wide"))
-RECURRENT = [("input", "a", 0), ("a", "a", 1), ("a", "out", 0)]
+RECURRENT, RECURRENT_LATE, RECURRENT_LEARNED = (
+    [("input", "a", 0), ("a", "a", delay), ("a", "out", 0)] for delay in (1, "D", "learned")
+)
 HALVES = [("input", "half1", 0), ("input", "half2", 0), ("half1", "out", 0), ("half2", "out", 0)]
 AMONG = [(source, target, 1) for source, target in itertools.product(("half1", "half2"), repeat=2)]
 #: by name: the projections, and the network that it is compared with
@@ -44,6 +46,8 @@ NETWORKS: dict[str, tuple[list[tuple[str, str, Any]], str]] = {
     "chain, learned delays": (LEARNED, "chain, fixed delays"),
     "chain, learned delays of width 10": (WIDE, "chain, learned delays"),
     "one recurrent population": (RECURRENT, "one recurrent population"),
+    "recurrent, fixed delays": (RECURRENT_LATE, "one recurrent population"),
+    "recurrent, learned delays": (RECURRENT_LEARNED, "one recurrent population"),
     "two halves, all joined, delay 1": ([*HALVES, *AMONG], "one recurrent population"),
     "two populations, feedback of delay 8": ([*CHAIN, ("b", "a", 8)], "three populations in a chain"),
     "three populations in a chain": ([*CHAIN[:2], ("b", "c", 0), ("c", "out", 0)], "three populations in a chain"),
@@ -64,7 +68,7 @@ def build(projections: list[tuple[str, str, Any]], arguments: argparse.Namespace
         if isinstance(delay, str):
             options = {"learn_delay": delay != "D", "max_delay": arguments.delay}
             options |= {"delay_width": 10 if delay == "wide" else 1}
-            delay = torch.randint(arguments.delay + 1, (sizes[source],), generator=draw)
+            delay = torch.randint(int(source == target), arguments.delay + 1, (sizes[source],), generator=draw)
         back = source != "input" and names.index(source) >= names.index(target)
         connection = G2GLinear(mask, bias=not back, generator=draw)
         if source != "input":

@@ -545,11 +545,15 @@ struct GraphBackward {
         totals = arena.take<double>(blocks * kLanes);
     }
 
-    // Samples of a slice at least, all of equally many: the fewest rows that read all weights at once are those of a block.
+    // Samples of a slice at least, all of equally many: the fewest rows that read all weights at once are those of a block. While
+    // weights stay in cache, reading them again costs little, and of few samples ∂L/∂S stays there, too.
     static int64_t least_samples(const Graph& graph) {
         const std::vector<int64_t> longest = longest_blocks(graph);
         const int64_t steps = *std::min_element(longest.begin(), longest.end()), batch = graph.stack.batch;
-        const int64_t samples = divide_up(kCycleSlice, most(1, least(kCycleSlice, steps)));
+        int64_t tiles = 0;
+        for (int64_t i = 0; i < graph.connection_count; ++i) tiles += graph.connections[i].plan->tiles;
+        const int64_t rows = tiles <= kCachedTiles ? kCachedCycleSlice : kCycleSlice;
+        const int64_t samples = divide_up(rows, most(1, least(rows, steps)));
         return divide_up(batch, divide_up(batch, samples));
     }
 

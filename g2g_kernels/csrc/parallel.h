@@ -49,6 +49,7 @@ constexpr int64_t kGroupRows = 24;   // samples are grouped to at least so many 
 // Samples of a slice at least, of a recurrent layer and of layers in a cycle, which run a few steps at a time: each time all
 // their weights are read.
 constexpr int64_t kStepSlice = 36, kCycleSlice = 72;
+constexpr int64_t kCachedCycleSlice = 16, kCachedTiles = 128;  // of a cycle whose weights are at most so many tiles (2 MB)
 constexpr int64_t kMostRows = 1 << 16;  // of a slice: they are numbered in 16 bits
 
 // Slices of a batch of samples and groups of samples in them depend on T and on the kind of layers, never on the threads.

@@ -264,7 +264,7 @@ class G2GNet(SpikingNetwork):
         self._check_shape(tuple(samples.shape))
         if self.trained_on is not None:
             self.trained_on.check(samples)
-        like, logits = next(self.parameters()), []
+        like, logits = next(layer.values for layer, _ in self.layers()), []
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:

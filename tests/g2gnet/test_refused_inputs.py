@@ -53,7 +53,7 @@ def predict(samples, shape=(3, 2, 5), kind="uint8"):
 BETA, WHOLE = torch.tensor([0.1, 0.2, 0.3]), "T=.* must be a whole number of"
 WRONG_VALUES = [
     # of networks
-    (lambda: net_of(model="ring"), "model='ring' is unknown; choose one of dense, index, random, mixer"),
+    (lambda: net_of(model="ring"), "model='ring' is unknown; choose one of dense, conv, index, random, mixer"),
     (lambda: net_of(neuron="if"), "neuron='if' is unknown; choose one of lif, synaptic, adlif"),
     (lambda: net_of(enc="latency"), "enc='latency' is unknown; choose one of current, rate"),
     (lambda: net_of(p_inter=1.5), "p_inter=1.5 must be a number from 0 to 1"),

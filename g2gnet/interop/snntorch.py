@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 from torch import nn
 from torch.nn.utils import prune
 
+from g2g_kernels.choices import check_choice
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
@@ -25,7 +26,7 @@ from g2gnet.convolution import G2GConv2d
 from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.spiking_network import SpikingNetwork
+from g2gnet.spiking_network import READOUTS, SpikingNetwork
 from g2gnet.stack import SpikingStack, plain_layers
 
 #: snnTorch's class of a model, which begins with an R for the recurrent one, and its name for each of our parameters
@@ -134,10 +135,10 @@ def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
 
     ``snntorch.utils.reset(model)`` resets the states that the neurons keep between calls (``init_hidden=True``), but
     leaves the last spikes of ``snn.RSynaptic``: call the layer's own ``reset_mem()``. A sparse layer is an
-    ``nn.Linear`` with a mask of ``torch.nn.utils.prune``. Groups, units and the encoding of a :class:`G2GNet` are lost
-    (``stack.encode`` gives the model's input). The last neurons of a stack with a readout of membranes have no reset
-    and return spikes, which mean nothing, and membranes (``output=True``). Raises ValueError for neurons that snnTorch
-    does not have, ImportError without snnTorch.
+    ``nn.Linear`` with a mask of ``torch.nn.utils.prune``. Groups, units, dropout and the encoding of a :class:`G2GNet`
+    are lost (``stack.encode`` gives the model's input). The last neurons of a stack with a readout of membranes have no
+    reset and return spikes, which mean nothing, and membranes (``output=True``). Raises ValueError for neurons that
+    snnTorch does not have, ImportError without snnTorch.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -184,6 +185,8 @@ def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
 def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     """The readout of a stack that ends with these neurons, whose membranes can be read if nothing resets them."""
     integrates = theirs.reset_mechanism == "none"
+    if readout is not None:
+        check_choice("readout", readout, READOUTS)
     if readout is None and integrates:
         raise ValueError(f"{name} has no reset; give readout='last', 'mean' or 'max' of its membranes, or 'counts'")
     if readout not in (None, "counts") and not integrates:

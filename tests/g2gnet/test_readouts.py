@@ -188,8 +188,9 @@ def test_a_network_from_snntorch_counts_only_spikes_that_are_meant():
         from_snntorch(theirs, T=STEPS)
     torch.testing.assert_close(from_snntorch(theirs, T=STEPS, readout="mean")(X), net(X))
     assert from_snntorch(theirs, T=STEPS, readout="counts")(X).any()
-    with pytest.raises(ValueError, match="readout='sum' is unknown"):
-        from_snntorch(theirs, T=STEPS, readout="sum")
+    for given in (theirs, to_snntorch(net_of("counts"))):
+        with pytest.raises(ValueError, match="readout='sum' is unknown"):
+            from_snntorch(given, T=STEPS, readout="sum")
     theirs.lif3.reset_mechanism = "subtract"
     with pytest.raises(ValueError, match=r"readout='max' is of membranes that are not reset, but lif3 .*'subtract'"):
         from_snntorch(theirs, T=STEPS, readout="max")

@@ -343,7 +343,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--edges", metavar="FILE", help="a CSV file of connections in place of drawn ones")
     text = "our step alone, with 10⁵ to 10⁸ weights, a thousandth of all pairs of neurons"
     parser.add_argument("--growth", action="store_true", help=text)
-    text = "100·T steps of 0.1 ms of the fly-brain model, forward, in 30 trials, and with gradients, beside Brian2"
+    text = "100·T steps of the fly-brain model: forward, 30 trials, with gradients; compared with Brian2 and NEST"
     parser.add_argument("--second", action="store_true", help=text)
     parser.add_argument(
         "--contenders",

@@ -142,7 +142,7 @@ def layer_of(link: Link, node: Any, mask: Mask | None, backend: str | None) -> n
 
 
 def mask_of(name: str, metadata: Mapping[str, Any], weight: np.ndarray) -> BlockMask | None:
-    """The mask in the metadata of a node with this weight, None if there is none."""
+    """The mask in a node's metadata, for this weight; None without one."""
     if (row := metadata.get("wiring")) is None:
         return None
     wiring = torch.from_numpy(numbers("wiring", row, np.size(row)))

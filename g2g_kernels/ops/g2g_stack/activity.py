@@ -20,6 +20,12 @@ NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
 StackState = tuple[NeuronState, ...]
 
 
+def unpacked_bits(words: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [..., size], 0 or 1: the first ``size`` bits of int64 words [..., W]."""
+    of_bytes = words.view(torch.uint8).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)
+    return (of_bytes & 1).flatten(-2)[..., :size]
+
+
 class Spikes:
     """Spikes of one population in a backend's own form; each form defines :meth:`dense`."""
 

@@ -23,7 +23,7 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.flops import count_flops
 from g2g_kernels.ops.g2g_conv2d import g2g_conv2d
 from g2g_kernels.ops.g2g_conv2d.cpu import refuses_sizes
-from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
+from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes, unpacked_bits
 from g2g_kernels.ops.g2g_stack.cpu import refuses_tensors
 from g2g_kernels.ops.g2g_stack.images import Convolution, Images, Pool, Shape, convolved, convolved_shape, pooled_shape
 from g2g_kernels.ops.g2g_stack.population import (
@@ -283,13 +283,7 @@ class ImageSpikes(Spikes):
 
 def unpacked(words: torch.Tensor, channels: int) -> torch.Tensor:
     """Spikes [T, B, N] of words [T, B, pixels, words]."""
-    return _bits(words, channels).mT.flatten(2).float()
-
-
-def _bits(words: torch.Tensor, channels: int) -> torch.Tensor:
-    """uint8 [T, B, pixels, C] of words."""
-    bits = words.view(torch.uint8).unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)
-    return (bits & 1).flatten(3)[..., :channels]
+    return unpacked_bits(words, channels).mT.flatten(2).float()
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
@@ -406,7 +400,7 @@ def _images(call: ImagesCall, of: _Sizes, words: torch.Tensor | None, some: slic
     if words is None:
         return call.x[:, some].reshape(-1, *of.source)
     channels, rows, columns = of.source
-    return _bits(words[:, some], channels).float().reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
+    return unpacked_bits(words[:, some], channels).float().reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
 
 
 def _options(layer: ImageLayer) -> Convolution:

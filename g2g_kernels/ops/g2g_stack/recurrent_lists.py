@@ -20,7 +20,7 @@ from g2g_kernels.dispatch import forced_backend
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
-from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
+from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes, unpacked_bits
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
 from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_call
@@ -54,18 +54,13 @@ class SpikeBits(Spikes):
     def __init__(self, words: torch.Tensor, size: int, like: torch.Tensor) -> None:
         self._words, self._size, self._like = words, size, like
 
-    def _bits(self) -> torch.Tensor:
-        """uint8 [T, B, N]."""
-        of_bytes = self._words.view(torch.uint8)[..., None] >> torch.arange(8, dtype=torch.uint8)
-        return (of_bytes & 1).flatten(2)[..., : self._size]
-
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
-        return self._bits().to(self._like.dtype)
+        return unpacked_bits(self._words, self._size).to(self._like.dtype)
 
     def events(self) -> torch.Tensor:
         """int64 [spikes, 3], as :meth:`Spikes.events`."""
-        return self._bits().nonzero()
+        return unpacked_bits(self._words, self._size).nonzero()
 
 
 class LoopCall(NamedTuple):

@@ -16,6 +16,11 @@ HEAD = """\
 Written by `python docs/draw_flags.py` from the programs' own parsers; a test checks it. Settings (data, model,
 training, dynamic sparse training) decide what is computed and are saved in the checkpoint; the others are not. Each
 program prints the same with `--help`. How to use them: [commands](commands.md).
+
+A setting that has no effect beside the others is refused, with the remedy. Those of sparsity and rewiring (`--p_intra`,
+`--p_inter`, `--num_groups`, `--cp`, `--cg`, `--dst_interval`, `--dst_fraction`) and `--warmup_epochs` are ignored with
+a warning: one line of flags serves dense, sparse and rewired networks. Messages name settings as Python does:
+`syn_decay=0.7` is `--syn_decay 0.7`.
 """
 #: each program, the note under its heading, and the program whose flags it shares
 PROGRAMS = (
@@ -40,9 +45,6 @@ PROGRAMS = (
     ("g2g-export", export, "Writes a trained network as C ([networks as C](c.md)).", None),
 )
 
-#: flags whose choices contributors add to: the page leads to where they are
-ELSEWHERE = dict.fromkeys(("cp", "cg"), "../g2gnet/dst/rules.py")
-
 
 def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Action]]:
     """The flags of each group by name, in the order of the help; those of no group come last."""
@@ -58,9 +60,7 @@ def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Actio
 def row(name: str, action: argparse.Action) -> list[str]:
     meaning = re.sub(r" \(default: [^)]*\)", "", action.help or "")
     meaning = re.sub(r"--\w+", r"`\g<0>`", meaning)
-    if action.dest in ELSEWHERE:
-        meaning = f"{meaning.partition(':')[0]}, one of [these]({ELSEWHERE[action.dest]}), which `--help` lists"
-    elif action.choices:
+    if action.choices:
         meaning += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
     default = "off" if action.default is False else "–" if action.default is None else f"`{action.default}`"
     stated = re.search(r" \(default: ([^)]*)\)", action.help or "")

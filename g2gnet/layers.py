@@ -115,7 +115,8 @@ class SparseLayer(PackedWeights):
     @property
     def weight(self) -> torch.Tensor:
         """:meth:`dense_weight`, for code that reads the weight of a dense layer: computed at every access, at the
-        cost of a dense copy. Writing to it raises RuntimeError, assigning it AttributeError; ``values`` is trained."""
+        cost of a dense copy. Writing to it raises RuntimeError, assigning it AttributeError: ``values`` is trained and
+        has the gradient."""
         weight = self.dense_weight()
         if is_traced() or type(weight) is not torch.Tensor:  # traced, or a stand-in
             return weight

@@ -116,11 +116,12 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
     headers = {name: _header(archive, name) for name in ARRAYS}
     for name, (shape, dtype) in headers.items():
         if name.endswith("labels"):
-            fits, wanted = dtype.kind in "iu" and len(shape) == 1, "integers [N]"
+            wanted = "integers [N], as the second result of np.unique(labels, return_inverse=True)"
+            fits = dtype.kind in "iu" and len(shape) == 1
         else:
             fits, wanted = dtype in (np.uint8, np.float32, np.float64) and len(shape) in DIMENSIONS, SAMPLES
         if not fits or 0 in shape:
-            raise ValueError(f"{name} is {dtype} {list(shape)}; give {wanted}, with no axis of size 0")
+            raise ValueError(f"{name} is {dtype} {list(shape)}; give {wanted}, no axis of size 0")
     for split in ("train", "test"):
         count, labels = headers[f"{split}_images"][0][0], headers[f"{split}_labels"][0][0]
         if count != labels:
@@ -155,8 +156,9 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         elif array.dtype == np.float64:
             with np.errstate(over="ignore"):  # infinities are refused below
                 array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} are not finite everywhere")
+        if not (finite := np.isfinite(array).reshape(len(array), -1).all(1)).all():
+            first = f"{name}[{int(finite.argmin())}] is the first of {int((~finite).sum())}"
+            raise ValueError(f"{name} are not finite everywhere: {first}; replace NaN and infinite values")
         arrays[name] = array
     found = np.union1d(arrays["train_labels"], arrays["test_labels"])
     if len(found) <= found[-1]:

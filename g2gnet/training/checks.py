@@ -117,7 +117,7 @@ def check_labels(data: ImageData) -> None:
         if unknown := labels[torch.isin(labels, data.train_labels, invert=True)].tolist():
             of = f"of classes without a training image ({', '.join(map(str, sorted(set(unknown))))})"
             what = f"{len(unknown)} of {len(labels)} {part} images are {of}, which cannot be learned"
-            logger.warning("%s; give some, or raise `limit_train`", what)
+            logger.warning("%s; give some, or leave `limit_train` out", what)
 
 
 def check_rates(settings: TrainSettings, data: ImageData) -> None:

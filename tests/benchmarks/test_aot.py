@@ -174,7 +174,7 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_the_doctor_checks_every_kernel_of_a_default_step_and_weights_stay_on_chip_only_where_the_kernel_fits():
     """To ask for more shared memory than the card has is an error there. Other batches need no new kernel."""
     on_chip, of_kernel, *batches_and_ways = printed_by(COMPILED).splitlines()

@@ -567,7 +567,7 @@ def compare_linear(options: dict[str, Iterable]) -> ErrorRatios:
     return ratios
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_inputs_of_more_than_four_gigabytes():
     """Their last rows are beyond 2³¹ numbers and 2³² bytes. Pages that nobody writes take no memory."""
     mask = BlockMask.full(GroupLayout(64, 1), GroupLayout(16384, 1), 64)

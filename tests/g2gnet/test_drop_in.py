@@ -85,20 +85,22 @@ def test_frozen_networks_and_layers_get_no_gradients():
 dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
-#: by backend, options of networks that run on each of its ways: chain, chain with delays, graph
-COMPILED = {"triton": [{}], "cpu": [{}, {"delay": 1}, {"feedback": True}], "torch": [{}, {"feedback": True}]}
+#: networks that run on each of the ways of a backend: chain, graph, chain with delays; and the lane of each
+COMPILED = [
+    ("triton", {}, "ci"), ("cpu", {}, "ci"), ("cpu", {"feedback": True}, "ci"), ("cpu", {"delay": 1}, "long"),
+    ("torch", {}, "ci"), ("torch", {"feedback": True}, "long"),
+]  # fmt: skip
 
 
-@pytest.mark.ci
 @compiles_whole
 @dynamo
 @pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize(
     ("backend", "options"),
     [
-        pytest.param(backend, each, marks=[pytest.mark.ci] if each else [], id=f"{backend} {each}")
-        for backend in STACK_BACKENDS
-        for each in COMPILED[backend]
+        pytest.param(backend, options, marks=getattr(pytest.mark, lane), id=f"{backend} {options}")
+        for backend, options, lane in COMPILED
+        if backend in STACK_BACKENDS
     ],
 )
 def test_a_compiled_network_is_one_graph_with_equal_results(backend, options, plain_memory):

@@ -201,8 +201,13 @@ def test_numbers_of_steps(steps):
 
 @pytest.mark.parametrize(
     ("steps", "options"),
-    [(SHORT, {"batch": 67}), (T, {"per_neuron": False, "bias": False}), (SHORT, {"dropout": 0.3})],
-    ids=["more samples than a tile has", "one beta and threshold a layer and no bias", "dropped neurons"],
+    [
+        pytest.param(SHORT, {"batch": 67}, id="more samples than a tile has", marks=pytest.mark.ci),
+        pytest.param(
+            T, {"per_neuron": False, "bias": False}, id="one beta and threshold and no bias", marks=pytest.mark.ci
+        ),
+        pytest.param(SHORT, {"dropout": 0.3}, id="dropped neurons"),
+    ],
 )
 def test_other_stacks(steps, options):
     """A tile of a product has 128 samples, one of a fused layer 64."""

@@ -150,7 +150,7 @@ def check(seed, folder, *options, compiler=COMPILER, by=()):
 
 
 @needs_compiler
-@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.ci) for seed in range(6, 26))])
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 26))])
 def test_the_membranes_of_random_networks_are_those_of_pytorch(seed, tmp_path):
     check(seed, tmp_path, *(SANITIZED if seed >= 6 else ()))
 

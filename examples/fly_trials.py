@@ -42,12 +42,15 @@ def spikes_of(net: SpikingNetwork, steps: int, trials: int, silent: list[int]) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("files", nargs=2, help="completeness (CSV) and connectivity (Parquet)")
-    for flag, required in (("--excite", True), ("--silence", False)):
-        parser.add_argument(flag, type=int, nargs="+", default=[], required=required, help="FlyWire IDs")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs=2, metavar="FILE", help="completeness (CSV), then connectivity (Parquet)")
+    for flag, required, help in (
+        ("--excite", True, "IDs of FlyWire"),
+        ("--silence", False, "likewise (default: none)"),
+    ):
+        parser.add_argument(flag, type=int, nargs="+", default=[], required=required, metavar="ID", help=help)
     for flag, default in (("--trials", 30), ("--seconds", 1.0), ("--out", "spikes.parquet")):
-        parser.add_argument(flag, type=type(default), default=default)
+        parser.add_argument(flag, type=type(default), default=default, help="(default: %(default)s)")
     args = parser.parse_args(arguments)
     if args.trials < 1 or not 1e-4 <= args.seconds <= 1e4 or not pathlib.Path(args.out).absolute().parent.is_dir():
         parser.error("--trials must be 1 or more, --seconds from 0.0001 to 10000, --out a file in an existing folder")

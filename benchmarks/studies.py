@@ -424,11 +424,11 @@ STUDIES = {
         default_rows=("permuted, *",),
     ),
     "memory": Study(
-        "Does a sparse spiking network remember as much as PyTorch's GRU? The GRU has as many weights as the recurrent "
-        "network of 25 %. Adaptive neurons, recurrent connections, delays learned with a width that falls from 10 to "
-        "1, and tapped delay lines of the inputs. Initial decays with a surrogate, and the learning rate, are chosen with "
-        "--validation: one of four pairs for every row, of four learning rates for the GRU. Only one size is trained "
-        "unless --rows names others.",
+        "Does a sparse spiking network remember as much as PyTorch's GRU? The GRU has as many weights as the "
+        "recurrent network of 25 %. Adaptive neurons, recurrent connections, delays learned with a width that falls "
+        "from 10 to 1, and tapped delay lines of the inputs. Initial decays with a surrogate, and the learning rate, "
+        "are chosen with --validation: one of four pairs for every row, of four learning rates for the GRU. Only one "
+        "size is trained unless --rows names others.",
         "an hour, all of it with one seed five",
         f"{OVER_TIME} --limit_train 20000",
         _memory(),

@@ -4,7 +4,6 @@ A module reads the files of a data set, all below one directory, with
 
     parts(name, data_dir)   the :class:`Recordings` of ``"train"``, ``"test"`` and perhaps ``"val"``
     FORM                    what its samples hold, for the name of the file; change it with the samples
-    COUNTS                  of each data set, how many samples of each part were published
 """
 
 import contextlib
@@ -105,14 +104,14 @@ class Grid:
 
 
 class Recordings(NamedTuple):
-    """A part of a data set that was found, but not read: its files, labels, int64 [N], and ``samples``, which reads one
-    after another in the shape of a grid: counts, or float16. It raises DataError, which names a damaged file.
-    ``published`` is how many samples there are in these files, where that is not what ``COUNTS`` says."""
+    """A part of a data set that was found, but not read: its files, labels, int64 [N], how many samples were published,
+    and ``samples``, which reads one after another in the shape of a grid: counts, or float16. It raises DataError,
+    which names a damaged file."""
 
     files: Sequence[Path]
     labels: np.ndarray
+    published: int
     samples: Callable[[Grid], Iterator[np.ndarray]]
-    published: int | None = None
 
 
 def load(
@@ -126,11 +125,11 @@ def load(
         raise ValueError("; ".join(problems))
     shape = binning.shape(binning.steps(dt) if steps is None else COUNT.check("steps", steps), bins)
     parts: Mapping[str, Recordings] = module.parts(name, data_dir)
-    for part, (files, labels, _, published) in parts.items():
+    for part, (files, labels, published, _) in parts.items():
         if labels.min() < 0 or labels.max() >= classes:
             found = f"labels are from {labels.min()} to {labels.max()}, not from 0 to {classes - 1}"
             raise DataError(f"{files[0]}: {found}; download it again")
-        if len(labels) != (published := published or module.COUNTS[name][part]):
+        if len(labels) != published:
             text = "%s has %d samples for %s, and %d were published: some may be missing in %s"
             logger.warning(text, name, len(labels), part, published, data_dir)
     files = [file for part in parts.values() for file in part.files]  # identified without reading them:
@@ -154,7 +153,7 @@ def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Gr
         )
     say(f"reading {name}: {' × '.join(map(str, grid.shape))} values in each sample")
     tensors: NamedTensors = {}
-    for part, (_, labels, samples, _) in parts.items():
+    for part, (_, labels, _, samples) in parts.items():
         images = torch.empty(len(labels), *grid.shape, dtype=dtype)
         bar = tqdm(samples(grid), f"{name} {part}", len(labels), leave=False, disable=not sys.stderr.isatty())
         for number, sample in enumerate(bar):
@@ -173,7 +172,11 @@ def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Gr
 
 
 def of_files(
-    files: Sequence[Path], names: Sequence[str], classes: Sequence[str], read: Callable[[Path, Grid], np.ndarray]
+    files: Sequence[Path],
+    names: Sequence[str],
+    classes: Sequence[str],
+    published: int,
+    read: Callable[[Path, Grid], np.ndarray],
 ) -> Recordings:
     """Recordings in one file each, with the name of its class. Raises DataError for a file of no class."""
     for file, name in zip(files, names, strict=True):
@@ -186,7 +189,8 @@ def of_files(
                 sample = read(file, grid)
             yield sample
 
-    return Recordings(files, np.array([classes.index(name) for name in names], dtype=np.int64), samples)
+    labels = np.array([classes.index(name) for name in names], dtype=np.int64)
+    return Recordings(files, labels, published, samples)
 
 
 @contextlib.contextmanager

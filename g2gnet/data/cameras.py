@@ -68,7 +68,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
         if not files:
             raise DataError(f"{root / folder} holds no files {pattern}; {remedy}")
         names = [file.parent.name if name == "nmnist" else file.stem for file in files]
-        found[part] = of_files(files, names, classes, partial(_frames, read))
+        found[part] = of_files(files, names, classes, COUNTS[name][part], partial(_frames, read))
     return found
 
 
@@ -127,7 +127,7 @@ def _trials(root: Path, part: str) -> Recordings:
                     places = polarity[during], y[during] // grid.width, x[during] // grid.width
                     yield grid.count(time[during] - begin, *places)
 
-    return Recordings(files, np.concatenate(tables)[:, 0] - 1, samples, IN_TABLES[part])
+    return Recordings(files, np.concatenate(tables)[:, 0] - 1, IN_TABLES[part], samples)
 
 
 def read_aedat(file: Path) -> Events:

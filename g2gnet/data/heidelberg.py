@@ -30,7 +30,10 @@ def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     remedy = f"download {', '.join(files.values())} from https://compneuro.net and gunzip them into {data_dir}"
     folder = folder_of(name, data_dir, (".", name.upper()), list(files.values()), remedy)
     paths = {part: folder / file for part, file in files.items()}
-    return {part: Recordings([path], _labels(path), partial(_samples, path)) for part, path in paths.items()}
+    return {
+        part: Recordings([path], _labels(path), COUNTS[name][part], partial(_samples, path))
+        for part, path in paths.items()
+    }
 
 
 @contextlib.contextmanager

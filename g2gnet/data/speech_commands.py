@@ -24,7 +24,7 @@ from g2gnet.data.catalog import DATASETS
 from g2gnet.data.image_data import DataError
 
 FORM = "log mel bands, 25 ms, 20 Hz to 8 kHz, floor 1e-6"
-COUNTS = {"gsc": {"train": 84843, "val": 9981, "test": 11005}}
+COUNTS = {"train": 84843, "val": 9981, "test": 11005}
 LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
 #: the folders of words, whose order numbers the classes, and the folder of other sounds
 WORDS = DATASETS["gsc"].classes
@@ -51,7 +51,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     for part, members in {"train": others, **listed}.items():
         # by speakers, in an order in which words take turns
         files = sorted(members, key=lambda file: (file.name, file.parent.name))
-        found[part] = of_files(files, [file.parent.name for file in files], WORDS, _bands)
+        found[part] = of_files(files, [file.parent.name for file in files], WORDS, COUNTS[part], _bands)
     return found
 
 

@@ -93,11 +93,14 @@ class Parser(argparse.ArgumentParser):
         kinds = {"int": "a whole number", "float": "a number"}
         bad = re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message)
         text = f"{bad[1]} {bad[3]} is not {kinds[bad[2]]}" if bad else message
-        if choice := re.fullmatch(r"argument (\S+): invalid choice: '?(.*?)'? \(choose from (.*)\)", message):
-            text = unknown(choice[1], choice[2], choice[3].replace("'", "").split(", "))
         known = ("--help", "did you mean", "choose one of", "choose from", "; give ")  # which say what to do
         remedy = "" if any(word in text for word in known) else "; see --help"
         self.exit(2, f"{self.prog}: error: {text}{remedy}\n")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Argparse's check of a choice, with the message of the library."""
+        if action.choices is not None and value not in action.choices:
+            self.error(unknown("/".join(action.option_strings) or action.dest, value, map(str, action.choices)))
 
     def format_help(self) -> str:
         """The help, with a first line that does not list the flags."""

@@ -21,10 +21,12 @@ CHECK_INTERVAL = 100
 SILENT, SATURATED = 1e-4, 0.99
 #: largest share of a layer's neurons that may never fire without a warning
 MOSTLY_SILENT = 0.5
+#: how far outside 0 … 1 a decay is learned without a warning
+FAR = 0.1
 #: remedies for silent and saturated layers, for numbers that grow without bound, and for parameters that drift
 WAKE, CALM = "raise `init_gain` or `enc_scale`, or give `standardize`", "lower `enc_scale`, or give `enforce_sparsity`"
 LOWER = "lower `lr`, or the settings that scale inputs, weights or thresholds"
-DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
+DRIFTING = "that is harmless if it stays there; if it moves on, lower `lr`"
 
 _NEVER = torch.iinfo(torch.int64).max
 
@@ -92,9 +94,9 @@ class LayerWatch:
             for decay in layer.model.decays:
                 values = layer.by_name[decay]
                 low, high = values.min().item(), values.max().item()
-                if low < 0 or high > 1:
-                    learned = f"{decay} = {low if low < 0 else high:.4g} in epoch {epoch}, outside 0 … 1"
-                    self._warn(name, decay, f"has learned {learned}: it counts as {int(low >= 0)}; {DRIFTING}")
+                if low < -FAR or high > 1 + FAR:
+                    learned = f"{decay} = {low if low < -FAR else high:.4g} in epoch {epoch}, outside 0 … 1"
+                    self._warn(name, decay, f"has learned {learned}: it counts as {int(low >= -FAR)}; {DRIFTING}")
 
     def check_classes(self, connection: str, fan_in: torch.Tensor) -> None:
         """Checks that the last connection has weights for every class: ``fan_in``, int64 [classes]."""

@@ -379,7 +379,7 @@ def test_a_loss_that_is_not_finite_is_named_inside_an_epoch(monkeypatch):
 
 def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
     watch = LayerWatch()
-    neurons = {"lif1": LIF(beta=0.9), "lif2": LIF(3, beta=1.0), "lif3": LIF(), "lif4": Synaptic(neurons=3)}
+    neurons = {"lif1": LIF(beta=1.05), "lif2": LIF(3, beta=1.0), "lif3": LIF(), "lif4": Synaptic(neurons=3)}
     silent = {"lif1": 0.5, "lif2": 0.0, "lif3": 0.3, "lif4": 0.0}
     watch.check(1, {"lif1": 0.05, "lif2": 0.5, "lif3": 0.001, "lif4": 0.1}, silent, neurons)
     assert not caplog.messages

@@ -5,6 +5,7 @@ Rows are output neurons (targets), columns input neurons (sources), both in neur
 
 import html
 import importlib
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -153,20 +154,31 @@ def to_string(mask: UnitGrid, max_cells: int = 64) -> str:
     return "\n".join("".join(map(character, line)) for line in grid.tolist())
 
 
+#: how dark each character of a picture is in a notebook
+SHADES = {"▒": 0.3, "▓": 0.6, "█": 1.0}
+
+
 def to_html(mask: UnitGrid) -> str:
     """The mask for a notebook: what ``repr`` says, and its picture.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
-        >>> "█" in to_html(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2))
+        >>> "<svg" in to_html(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2))
         True
     """
     return f"<div><code>{html.escape(repr(mask))}</code>{picture(mask)}</div>"
 
 
 def picture(mask: UnitGrid) -> str:
-    """The picture of :func:`to_string` as an HTML element."""
-    return f'<pre style="line-height: 1">{to_string(mask)}</pre>'
+    """The picture of :func:`to_string` as an HTML element, with squares for characters."""
+    lines = to_string(mask).splitlines()
+    paths = {character: "" for character in SHADES}
+    for y, line in enumerate(lines):
+        for run in re.finditer("▒+|▓+|█+", line):
+            paths[run[0][0]] += f"M{run.start()} {y}h{len(run[0])}v1H{run.start()}z"
+    drawn = "".join(f'<path d="{path}" fill-opacity="{SHADES[character]}"/>' for character, path in paths.items())
+    size = f'viewBox="0 0 {len(lines[0])} {len(lines)}" width="{4 * max(len(lines[0]), 16)}"'
+    return f'<svg {size} shape-rendering="crispEdges" style="background: #eee; display: block">{drawn}</svg>'
 
 
 def _averaged(mask: UnitGrid, height: int, width: int) -> torch.Tensor:

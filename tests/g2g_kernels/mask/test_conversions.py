@@ -1,6 +1,8 @@
 """The graph of a mask in the forms of other libraries, against its dense matrix; and in notebooks."""
 
+import html
 import importlib
+import re
 
 import networkx
 import numpy as np
@@ -134,6 +136,12 @@ def test_a_library_that_is_absent_is_named_with_the_remedy(name, convert, monkey
 
 
 def test_a_notebook_shows_the_mask_and_its_picture():
-    page = whole_units()._repr_html_()
-    assert "BlockMask(16×24, 4 groups (index)" in page
-    assert whole_units().to_string() in page
+    single_weights = BlockMask.sample(GroupLayout(200, 4), GroupLayout(130, 2), block_size=1, generator=seeded(0))
+    for mask in (whole_units(), single_weights):
+        page, picture = mask._repr_html_(), mask.to_string().splitlines()
+        assert html.escape(repr(mask)) in page
+        drawn = [["░"] * len(line) for line in picture]
+        for character, path in zip("▒▓█", re.findall(r'd="([^"]*)"', page), strict=True):
+            for x, y, run in re.findall(r"M(\d+) (\d+)h(\d+)v1H\1z", path):
+                drawn[int(y)][int(x) : int(x) + int(run)] = character * int(run)
+        assert ["".join(line) for line in drawn] == picture

@@ -227,7 +227,7 @@ def describe() -> str:
     for name, reason in backend_status().items():
         detail = None if reason else BACKENDS[name].detail()
         lines.append(f"  {name:<9} {f'no: {reason}' if reason else f'yes ({detail})' if detail else 'yes'}")
-    lines += ["", "ways to run a network, the first that does not refuse (net.explain(x) says which)"]
+    lines += ["", "ways to run a network (table in g2g_kernels/ops/g2g_stack/README.md); net.explain(x) says which"]
     for backend in WAYS.in_order():
         reason = None if backend == ANY else backend_status()[backend]
         lines += [f"  {way.name:<18} {f'no: {reason}' if reason else 'yes'}" for way in WAYS.ways.get(backend, ())]

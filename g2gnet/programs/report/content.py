@@ -19,6 +19,9 @@ from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of
 from g2gnet.weights.patterns import FULL, GROUPINGS
 
+#: at most how many characters of the settings that differ name a run
+LONGEST = 120
+
 
 @dataclass(frozen=True)
 class Inspected:
@@ -289,7 +292,8 @@ def _describe(run: SavedRun) -> str:
     if settings.final_density is not None:
         dst += f" to {settings.final_density:.4g} of all weights"
     steps = "" if settings.sequence == "none" else f" as sequences ({settings.sequence})"
-    return f"{settings.model}{dst} on {settings.dataset}{features}{steps}"
+    layers = f" {settings.layers}" if settings.layers else ""
+    return f"{settings.model}{layers}{dst} on {settings.dataset}{features}{steps}"
 
 
 def _settings(run: SavedRun) -> dict[str, Any]:
@@ -315,20 +319,25 @@ def _apart(run: SavedRun, names: Sequence[str], **instead: object) -> str:
 
 
 def _labels(runs: Sequence[SavedRun]) -> list[str]:
-    """A different name for each run, by the settings that differ."""
+    """A different name for each run, by the settings that differ, unless they are many."""
     names = _differing(runs)
-    return [f"{number}: {_apart(run, names)}" for number, run in enumerate(runs, 1)]
+    texts = [_apart(run, names) for run in runs]
+    if max(map(len, texts)) > LONGEST:
+        texts = [_describe(run) for run in runs]
+    return [f"{number}: {text}" for number, text in enumerate(texts, 1)]
 
 
 def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
-    """The runs that differ only in seed and name, by the other settings that differ."""
+    """The runs that differ only in seed and name, by the other settings that differ, or by number if these are many."""
     shown = [name for name in _differing([each.run for each in inspected.values()]) if name not in ("seed", "name")]
-    groups: dict[str, list[Inspected]] = {}
-    for each in inspected.values():
+    groups: dict[str, list[str]] = {}
+    for label, each in inspected.items():
         run = each.run
         text = _apart(run, shown, epochs=run.epoch)
         going_on = "epochs" not in shown and run.epoch != run.settings.epochs and not run.tested
         if run.interrupted or going_on:
             text += f", {run.position}"
-        groups.setdefault(text, []).append(each)
-    return groups
+        groups.setdefault(text, []).append(label)
+    if max(map(len, groups)) > LONGEST:
+        groups = {"; ".join(labels): labels for labels in groups.values()}
+    return {text: [inspected[label] for label in labels] for text, labels in groups.items()}

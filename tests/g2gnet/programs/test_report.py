@@ -332,6 +332,10 @@ def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypat
     assert "the run's own accuracy, on all 100: " in text
     assert "Mean ± standard error over seeds" not in text
     assert all(f"{read_run(path).history[-1]['train_loss']:.4f}" in text for path in paths)
+    runs = [read_run(path) for path in paths]
+    monkeypatch.setattr(content, "LONGEST", 50)
+    described = ["mixer", "dense", "index, DST set/hebb"]
+    assert content._labels(runs) == [f"{n}: {text} on fashionmnist-mini" for n, text in enumerate(described, 1)]
 
 
 def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_path, captions_alone, capsys, reported):

@@ -312,6 +312,22 @@ def stack(*layers, sizes=(2, 8, 8), steps: int = 5, **options) -> SpikingStack:
 X = (torch.rand(5, 3, 2, 8, 8, generator=seeded(4)) < 0.3).float()
 
 
+@on_cpu
+def test_autocast_changes_nothing_of_what_events_are_added_for(poisoned):
+    net = stack(
+        (G2GConv2d(2, 8, 3, padding=1), LIF(threshold=0.3)), nn.MaxPool2d(2), (G2GConv2d(8, 16, 3), LIF(0.5)), steps=5
+    )
+    x = torch.rand(5, 3, 2, 8, 8)
+    assert net.explain(x).way.name == "cpu images"
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            counts = net(x)
+            found.append([counts, *torch.autograd.grad(counts.square().sum(), [*net.parameters()])])
+    assert found[0][0].any()
+    assert all(map(torch.equal, *found))
+
+
 def test_sizes_follow_from_the_first_images_and_stay():
     net = stack()
     with pytest.raises(ValueError, match=r"the input is \[5, 3, 128\]; give images"):

@@ -423,9 +423,10 @@ def _forward(call: ImagesCall, keep: bool) -> tuple[torch.Tensor, _Each, _Each, 
         arguments.rates, arguments.last = rates[number].data_ptr(), last[number].data_ptr()
         run(library().g2g_image_layer, arguments)
         if of.layer.weight is not None and not arguments.convolution.y_by_events:
-            current = F.conv2d(
-                _images(call, of, of_layer[0]), of.layer.weight, of.layer.bias, *_options(of.layer)
-            ).contiguous(memory_format=torch.channels_last)
+            with torch.autocast("cpu", enabled=False):  # events are added in float32, too
+                current = F.conv2d(
+                    _images(call, of, of_layer[0]), of.layer.weight, of.layer.bias, *_options(of.layer)
+                ).contiguous(memory_format=torch.channels_last)
             arguments.current, arguments.convolution.y_last = current.data_ptr(), True
             run(library().g2g_image_layer, arguments)
     return unpacked(words[-1], sizes[-1].sent[0]), rates, last, [*words, *states]

@@ -315,7 +315,10 @@ X = (torch.rand(5, 3, 2, 8, 8, generator=seeded(4)) < 0.3).float()
 @on_cpu
 def test_autocast_changes_nothing_of_what_events_are_added_for(poisoned):
     net = stack(
-        (G2GConv2d(2, 8, 3, padding=1), LIF(threshold=0.3)), nn.MaxPool2d(2), (G2GConv2d(8, 16, 3), LIF(0.5)), steps=5
+        (G2GConv2d(2, 8, 3, padding=1), LIF(threshold=0.3)),
+        nn.MaxPool2d(2),
+        (G2GConv2d(8, 16, 3), LIF(threshold=0.3)),
+        steps=5,
     )
     x = torch.rand(5, 3, 2, 8, 8)
     assert net.explain(x).way.name == "cpu images"

@@ -356,7 +356,7 @@ class PopulationGraph(WholeBuffers):
             )
         elif len(self._shapes["input"]) == 1 and not any(each.takes_images for each in self._paths.values()):
             return inputs  # which operators refuse
-        return inputs.flatten(-3)
+        return _flat_events(inputs, shape) if inputs.layout == torch.sparse_coo else inputs.flatten(-3)
 
     def check_linear(self, where: str) -> None:
         """Raises ValueError, naming it, for a connection of images, which ``where`` has no form for."""
@@ -652,3 +652,13 @@ def check_parameters(populations: Mapping[str, nn.Module], shapes: Mapping[str, 
                     f"{name} has {tensor.numel()} numbers {parameter}, but {size} neurons; give "
                     f"{type(neurons).__name__}({size}, …), or one number"
                 )
+
+
+def _flat_events(images: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Sparse images [..., C, H, W] as neurons [..., C·H·W]."""
+    if images.sparse_dim() < images.dim():
+        raise ValueError(f"sparse images need {images.dim()} indices for each entry, not {images.sparse_dim()}")
+    places, (_, rows, columns) = images._indices(), shape
+    flat = (places[-3] * rows + places[-2]) * columns + places[-1]
+    size = (*images.shape[:-3], math.prod(shape))
+    return torch.sparse_coo_tensor(torch.cat([places[:-3], flat[None]]), images._values(), size)

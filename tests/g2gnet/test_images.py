@@ -312,6 +312,15 @@ def stack(*layers, sizes=(2, 8, 8), steps: int = 5, **options) -> SpikingStack:
 X = (torch.rand(5, 3, 2, 8, 8, generator=seeded(4)) < 0.3).float()
 
 
+def test_sparse_images_give_what_dense_ones_give():
+    net = stack()
+    whole, found = net.simulate(X), net.simulate(X.to_sparse())
+    assert whole.output.any()
+    assert torch.equal(found.output, whole.output)
+    with pytest.raises(ValueError, match="sparse images need 5 indices for each entry, not 3"):
+        net(X.to_sparse(3))
+
+
 @on_cpu
 def test_autocast_changes_nothing_of_what_events_are_added_for(poisoned):
     net = stack(

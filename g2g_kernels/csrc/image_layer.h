@@ -6,6 +6,8 @@
 //             ∂b = Σ δ_t;  ∂w by the events of x_t (Chunk);  ∂β = Σ δ_t·U_{t−1};  ∂θ = −Σ (e_t + R_t·δ_t)
 //             ∂x_t = Wᵀ·e_t + β·∂x_{t+1}, or Wᵀ·δ_t after that reset, by the events of e_t, or of δ_t
 //
+// Neurons whose current is the maximum over a window of w ⋆ x_t + b keep which it was in each step: δ_t is the gradient of that one.
+//
 // Behind windows a gradient reaches the first spike of a window, or its first neuron if none has fired, as in PyTorch. Where it
 // reaches no neuron, e_t is 0 whatever σ' is.
 #pragma once
@@ -22,19 +24,27 @@ constexpr int64_t kListedTogether = 1 << 20;
 // What both passes know of a layer.
 struct LayerShape {
     const ImageLayer& a;
-    Images inputs, outputs;
+    Images inputs, outputs, cells;  // cells: the neurons
     int64_t words, pixels, lanes = a.lanes;
     int64_t pooled_pixels = int64_t{a.pooled_rows} * a.pooled_columns;
 
     explicit LayerShape(const ImageLayer& layer)
-        : a(layer), inputs(inputs_of(layer.convolution)), outputs(outputs_of(layer.convolution)), words(outputs.words), pixels(outputs.pixels) {}
+        : a(layer),
+          inputs(inputs_of(layer.convolution)),
+          outputs(outputs_of(layer.convolution)),
+          cells{outputs.channels, 1, layer.rows, layer.columns, outputs.count, outputs.last},
+          words(cells.words),
+          pixels(cells.pixels) {}
 
     bool pools() const { return a.pooled; }
+    int64_t merged() const { return int64_t{a.merged_rows} * a.merged_columns; }
+    bool merges() const { return merged() > 1; }
     int64_t frame(int64_t t, int64_t b) const { return t * a.samples + b; }
     uint64_t* spikes(int64_t t, int64_t b, int64_t y) const {
-        return a.spikes + (frame(t, b) * pixels + y * outputs.width) * words;
+        return a.spikes + (frame(t, b) * pixels + y * cells.width) * words;
     }
-    float* states(int64_t t, int64_t b, int64_t y) const { return a.states + (frame(t, b) * pixels + y * outputs.width) * lanes; }
+    float* states(int64_t t, int64_t b, int64_t y) const { return a.states + (frame(t, b) * pixels + y * cells.width) * lanes; }
+    uint8_t* choices(int64_t t, int64_t b, int64_t y) const { return a.choices + (frame(t, b) * pixels + y * cells.width) * lanes; }
     const float* current(int64_t t, int64_t b) const { return a.current + (a.held ? b : frame(t, b)) * outputs.floats; }
     float beta() const { return std::clamp(*a.neurons.parameters[0].value, 0.0f, 1.0f); }
     float threshold() const { return *a.neurons.parameters[1].value; }
@@ -43,7 +53,7 @@ struct LayerShape {
     }
     // The neurons as images with the channels first.
     Images first_in_memory() const {
-        Images of = outputs;
+        Images of = cells;
         of.last = false;
         return of;
     }
@@ -78,6 +88,10 @@ struct ImageForward : LayerShape {
     const Events& events;
     const GatherBuffers& buffers;
     float *membranes, *counts;  // [workers][pixels of a band][lanes], [workers][pixels][lanes]
+    // of each worker and of images of a task a row of currents: the maxima so far, and which they are
+    float* best;
+    int32_t* which;
+    int64_t of_best = cells.width * kMostVecs * W;
 
     // Row y of the neurons in a step: the channels from `first` on, `vecs` vectors of them.
     template <class R>
@@ -87,7 +101,7 @@ struct ImageForward : LayerShape {
         const int64_t last = (first + vecs * W - 1) / kLanes;
         uint64_t* out = spikes(t, b, y);
         float* kept = a.states ? states(t, b, y) + first : nullptr;
-        for (int64_t x = 0; x < outputs.width; ++x, out += words, current += vecs * W, membrane += lanes, count += lanes) {
+        for (int64_t x = 0; x < cells.width; ++x, out += words, current += vecs * W, membrane += lanes, count += lanes) {
             for (int64_t v = 0; v < vecs; ++v) {
                 Vec state[1] = {load(membrane + v * W)};
                 Lif::charge(state, load(current + v * W), p, reset);
@@ -102,12 +116,36 @@ struct ImageForward : LayerShape {
         }
     }
 
+    // The maxima over windows, and which they are, with row y of the currents: the first of the largest, or a NaN.
+    void merge(int64_t y, int64_t vecs, const float* current, float* to, int32_t* chosen) const {
+        const int64_t wide = vecs * W, row = y % a.merged_rows;
+        for (int64_t x = 0; x < cells.width; ++x, to += wide, chosen += wide)
+            for (int64_t k = 0; k < a.merged_columns && x * a.merged_columns + k < outputs.width; ++k)
+                for (int64_t lane = 0; lane < wide; lane += W) {
+                    const Vec now = load(current + (x * a.merged_columns + k) * wide + lane), before = load(to + lane);
+                    const IntVec larger = row + k ? (now > before) | (now != now) : IntVec{} - 1;
+                    IntVec places;
+                    __builtin_memcpy(&places, chosen + lane, sizeof places);
+                    places = larger ? IntVec{} + static_cast<int32_t>(row * a.merged_columns + k) : places;
+                    __builtin_memcpy(chosen + lane, &places, sizeof places);
+                    store(to + lane, larger ? now : before);
+                }
+    }
+
+    // Row y of which they are, the channels from `first` on.
+    void keep_choices(int64_t t, int64_t b, int64_t y, int64_t first, int64_t wide, const int32_t* chosen) const {
+        for (int64_t x = 0; x < cells.width; ++x) {
+            uint8_t* const out = choices(t, b, y) + x * lanes + first;
+            for (int64_t lane = 0; lane < wide; ++lane) out[lane] = static_cast<uint8_t>(chosen[x * wide + lane]);
+        }
+    }
+
     // Rows begin … end − 1 behind the windows.
     void pool(int64_t t, int64_t b, int64_t begin, int64_t end) const {
         for (int64_t y = begin; y < end; ++y)
             for (int64_t x = 0; x < a.pooled_columns; ++x) {
                 uint64_t* out = a.pooled + (frame(t, b) * pooled_pixels + y * a.pooled_columns + x) * words;
-                const int64_t bottom = least(outputs.height, (y + 1) * a.window_rows), right = least(outputs.width, (x + 1) * a.window_columns);
+                const int64_t bottom = least(cells.height, (y + 1) * a.window_rows), right = least(cells.width, (x + 1) * a.window_columns);
                 for (int64_t w = 0; w < words; ++w) {
                     uint64_t any = 0;
                     for (int64_t i = y * a.window_rows; i < bottom; ++i)
@@ -117,18 +155,19 @@ struct ImageForward : LayerShape {
             }
     }
 
-    // Rows begin … end − 1 of a sample in all steps.
+    // Rows begin … end − 1 of the currents of a sample in all steps, and of their neurons.
     template <class R>
     void run(R reset, int64_t b, int64_t begin, int64_t end, int worker) const {
         int64_t lowest;
-        const int64_t rows = GatherBuffers::sources_of(of.rows, begin, end, lowest), width = outputs.width;
+        const int64_t rows = GatherBuffers::sources_of(of.rows, begin, end, lowest), width = cells.width;
+        const int64_t top = begin / a.merged_rows, below = end == outputs.height ? cells.height : end / a.merged_rows;
         EventRows lists[kMostTogether];
         const uint8_t* valued[kMostTogether];
         float* const membrane = membranes + worker * buffers.band * width * lanes;
         float* const row = buffers.rows + worker * buffers.of_rows;
-        if (!a.state) zero(membrane, (end - begin) * width * lanes * sizeof(float));
-        for (int64_t y = begin; a.state && y < end; ++y)
-            load_row(a.state + b * outputs.floats, y, membrane + (y - begin) * width * lanes);
+        if (!a.state) zero(membrane, (below - top) * width * lanes * sizeof(float));
+        for (int64_t y = top; a.state && y < below; ++y)
+            load_row(a.state + b * cells.floats, y, membrane + (y - top) * width * lanes);
         for (int64_t t = 0; t < a.steps; t += buffers.together) {
             const int64_t steps = least(buffers.together, a.steps - t);
             for (int64_t i = 0; i < steps && !a.current; ++i) {
@@ -136,13 +175,22 @@ struct ImageForward : LayerShape {
                 valued[i] = events.valued + frame(t + i, b);
             }
             each_strip(of.vecs(), outputs.channels, [&](int64_t first, int vecs) {
-                const int64_t of_row = vecs * W * width, n = least(vecs * W, outputs.channels - first);
+                const int64_t of_row = vecs * W * outputs.width, n = least(vecs * W, outputs.channels - first);
                 const auto place = [&](int64_t i, int64_t y) {  // of one pass, neurons take a row at once
                     return of.slices == 1 ? row : row + (i * buffers.band + y - begin) * of_row;
                 };
-                const auto finished = [&](int64_t i, int64_t y) {
-                    const int64_t at = (y - begin) * width * lanes + first;
-                    fire(reset, t + i, b, y, first, vecs, place(i, y), membrane + at,
+                const auto finished = [&](int64_t i, int64_t line) {
+                    const int64_t y = line / a.merged_rows, number = worker * buffers.together + i;
+                    const float* current = place(i, line);
+                    if (y >= below) return;  // behind the last whole window
+                    if (merges()) {
+                        float* const largest = best + number * of_best;
+                        merge(line, vecs, current, largest, which + number * of_best);
+                        if (line + 1 < end && (line + 1) % a.merged_rows) return;
+                        if (a.choices) keep_choices(t + i, b, y, first, vecs * W, which + number * of_best);
+                        current = largest;
+                    }
+                    fire(reset, t + i, b, y, first, vecs, current, membrane + (y - top) * width * lanes + first,
                          counts + (worker * pixels + y * width) * lanes + first);
                 };
                 if (!a.current)
@@ -154,11 +202,11 @@ struct ImageForward : LayerShape {
                         finished(i, y);
                     }
             });
-            const int64_t bottom = end == outputs.height ? a.pooled_rows : end / a.window_rows;
-            for (int64_t i = 0; i < steps && pools(); ++i) pool(t + i, b, begin / a.window_rows, bottom);
+            const int64_t bottom = below == cells.height ? a.pooled_rows : below / a.window_rows;
+            for (int64_t i = 0; i < steps && pools(); ++i) pool(t + i, b, top / a.window_rows, bottom);
         }
-        for (int64_t y = begin; y < end; ++y)
-            store_row(a.last + b * outputs.floats, y, membrane + (y - begin) * width * lanes, lanes);
+        for (int64_t y = top; y < below; ++y)
+            store_row(a.last + b * cells.floats, y, membrane + (y - top) * width * lanes, lanes);
         stream_fence();
     }
 
@@ -172,12 +220,15 @@ inline void image_layer_forward(ImageLayer& a, Arena& arena) {
     Gather of{rows, columns, inputs, outputs, nullptr};
     const Events events = shape.events(arena);
     // bands of whole windows, as many as there are threads
-    const int64_t band = divide_up(GatherBuffers::band_of(of, divide_up(4 * threads, a.samples)), a.window_rows) * a.window_rows;
+    const int64_t whole = int64_t{a.window_rows} * a.merged_rows;
+    const int64_t band = divide_up(GatherBuffers::band_of(of, divide_up(4 * threads, a.samples)), whole) * whole;
     const int64_t listed = EventRows::room(inputs, least(inputs.height, rows.span(band)));
     const int64_t together = most(1, least(least(kMostTogether, a.steps), kListedTogether / listed));
     const GatherBuffers buffers(of, together, band, threads, arena);
+    const int64_t merging = shape.merges() ? threads * together * shape.cells.width * kMostVecs * W : 0;
     const ImageForward layer{shape, of, events, buffers, arena.take<float>(threads * band * outputs.width * a.lanes),
-                             arena.take<float>(threads * outputs.pixels * a.lanes)};
+                             arena.take<float>(threads * shape.pixels * a.lanes), arena.take<float>(merging),
+                             arena.take<int32_t>(merging)};
     if (!arena.base) return;
     if (!a.current) {
         const double rate = layer.input_rate(events);
@@ -187,7 +238,7 @@ inline void image_layer_forward(ImageLayer& a, Arena& arena) {
         load_kernels(of, a.convolution.weight, false, threads, buffers.weights);
         load_bias(of, a.convolution.bias, buffers.bias);
     }
-    zero_floats(layer.counts, threads * outputs.pixels * a.lanes, threads);
+    zero_floats(layer.counts, threads * shape.pixels * a.lanes, threads);
     const int64_t bands = divide_up(outputs.height, band);
     choose(Resets{}, a.neurons.reset, [&](auto reset) {
         parallel_pairs(threads, a.samples, bands, 1, [&](int64_t b, int64_t i, int worker) {
@@ -195,11 +246,11 @@ inline void image_layer_forward(ImageLayer& a, Arena& arena) {
         });
     });
     const float share = 1.0f / (static_cast<float>(a.samples) * static_cast<float>(a.steps));
-    parallel(threads, outputs.height, 4, [&](int64_t y, int) {
-        float* const row = layer.counts + y * outputs.width * a.lanes;
-        for (int64_t i = 0; i < outputs.width * a.lanes; ++i) {
+    parallel(threads, shape.cells.height, 4, [&](int64_t y, int) {
+        float* const row = layer.counts + y * shape.cells.width * a.lanes;
+        for (int64_t i = 0; i < shape.cells.width * a.lanes; ++i) {
             float sum = row[i];
-            for (int worker = 1; worker < threads; ++worker) sum += row[worker * outputs.pixels * a.lanes + i];
+            for (int worker = 1; worker < threads; ++worker) sum += row[worker * shape.pixels * a.lanes + i];
             row[i] = sum * share;
         }
         layer.store_row(a.rates, y, row, a.lanes);
@@ -216,6 +267,7 @@ struct ImageBackward : LayerShape {
     const ScatterBuffers& sums;
     const EventRows& lists;
     int64_t left, top;  // of the frame that holds δ
+    float* own;  // [workers][pixels][padded] of δ where currents are maxima, whose frame holds what each pixel of the convolution gets
     // [pixels][lanes] of ∂L/∂rates in each step; [workers][pixels][in_lanes] of ∂x_{t+1}; [workers][pixels][padded] of Σ δ_t; of each
     // worker a row of pixels; of each sample [padded] of ∂b; of each sample ∂β and ∂θ
     float *rates, *received, *held, *row, *bias;
@@ -230,11 +282,16 @@ struct ImageBackward : LayerShape {
         EventRows list;
     };
 
+    // Row y of δ.
+    float* row_of(const Frame& at, int64_t y) const {
+        return merges() ? own + (at.worker * pixels + y * cells.width) * padded : at.delta + y * wide * padded;
+    }
+
     // The channels of word w of pixel (y, x) that a gradient behind the windows reaches.
     uint64_t chosen(const Frame& at, int64_t y, int64_t x, int64_t w) const {
         if (!pools()) return valid(w);
         const int64_t upper = y - y % a.window_rows, left = x - x % a.window_columns;
-        const int64_t bottom = least(outputs.height, upper + a.window_rows), right = least(outputs.width, left + a.window_columns);
+        const int64_t bottom = least(cells.height, upper + a.window_rows), right = least(cells.width, left + a.window_columns);
         uint64_t before = 0, any = 0;
         for (int64_t i = upper; i < bottom; ++i)
             for (int64_t k = left; k < right; ++k) {
@@ -253,24 +310,24 @@ struct ImageBackward : LayerShape {
         const Steepness alpha = steepness(a.neurons);
         const bool zeros = a.neurons.reset == kZero, subtracts = a.neurons.reset == kSubtract;
         const bool last = a.grad_last && at.t + 1 == a.steps, lists_delta = zeros || last;
-        float* const row_bias = row + at.worker * (outputs.width + 1) * lanes;
+        float* const row_bias = row + at.worker * (cells.width + 1) * lanes;
         float* const row_last = row_bias + lanes;
         double to_beta = 0, to_theta = 0;
         int32_t n = 0;
-        for (int64_t y = 0; y < outputs.height; ++y) {
+        for (int64_t y = 0; y < cells.height; ++y) {
             const float* u = states(at.t, at.b, y);
             const int64_t pooled_y = y / a.window_rows;
-            float* delta = at.delta + y * wide * padded;
+            float* delta = row_of(at, y);
             Vec beta_sum = {}, theta_sum = {};
             zero(row_bias, padded * sizeof(float));
-            if (last) load_row(a.grad_last + at.b * outputs.floats, y, row_last);
-            for (int64_t x = 0; x < outputs.width; ++x, delta += padded, u += lanes) {
-                at.list.starts[y * (outputs.width + 1) + x] = n;
+            if (last) load_row(a.grad_last + at.b * cells.floats, y, row_last);
+            for (int64_t x = 0; x < cells.width; ++x, delta += padded, u += lanes) {
+                if (!merges()) at.list.starts[y * (cells.width + 1) + x] = n;
                 const int64_t pooled_x = x / a.window_columns, number = at.t * a.count + at.b - a.first;
                 const bool inside = pooled_y < a.pooled_rows && pooled_x < a.pooled_columns;
                 const int64_t place = inside ? number * pooled_pixels + pooled_y * a.pooled_columns + pooled_x : 0;
                 const float* g = a.grad_spikes + place * lanes;
-                const float* of_rate = a.grad_rates ? rates + (y * outputs.width + x) * lanes : nullptr;
+                const float* of_rate = a.grad_rates ? rates + (y * cells.width + x) * lanes : nullptr;
                 for (int64_t w = 0; w < words; ++w) {
                     const uint64_t reached = inside ? chosen(at, y, x, w) : 0;
                     uint64_t listed = 0;
@@ -297,6 +354,7 @@ struct ImageBackward : LayerShape {
                         if (last) now += load(row_last + x * lanes + lane);
                         store(delta + lane, now);
                         store(row_bias + lane, load(row_bias + lane) + now);
+                        if (merges()) continue;
                         const Vec value = lists_delta ? now : e;
                         const uint64_t kept = nonzero_bits(value);
                         listed |= kept << lane % kLanes;
@@ -306,13 +364,50 @@ struct ImageBackward : LayerShape {
                     n += append_bits(at.list.places + n, listed & valid(w), x * outputs.channels + w * kLanes);
                 }
             }
-            at.list.starts[y * (outputs.width + 1) + outputs.width] = n;
+            if (!merges()) at.list.starts[y * (cells.width + 1) + cells.width] = n;
             float* const of_bias = bias + (at.b - a.first) * padded;
             for (int64_t lane = 0; lane < padded; lane += W) store(of_bias + lane, load(of_bias + lane) + load(row_bias + lane));
             to_beta += sum_of(beta_sum), to_theta += sum_of(theta_sum);
+            if (!merges()) give_current(at, y);
+        }
+        if (merges()) spread(at);
+        neurons[(at.b - a.first) * 2] += to_beta, neurons[(at.b - a.first) * 2 + 1] += to_theta;
+    }
+
+    // The frame and the list of what the pixels of the convolution get of δ, each from the neuron that has chosen it.
+    void spread(Frame& at) const {
+        int32_t n = 0;
+        for (int64_t y = 0; y < outputs.height; ++y) {
+            float* to = at.delta + y * wide * padded;
+            for (int64_t x = 0; x < outputs.width; ++x, to += padded) {
+                at.list.starts[y * (outputs.width + 1) + x] = n;
+                const int64_t cell_y = y / a.merged_rows, cell_x = x / a.merged_columns;
+                if (cell_y >= cells.height || cell_x >= cells.width) {
+                    zero(to, padded * sizeof(float));
+                    continue;
+                }
+                const float* delta = row_of(at, cell_y) + cell_x * padded;
+                const uint8_t* choice = choices(at.t, at.b, cell_y) + cell_x * lanes;
+                const auto place = static_cast<uint8_t>(y % a.merged_rows * a.merged_columns + x % a.merged_columns);
+                for (int64_t w = 0; w < words; ++w) {
+                    uint64_t listed = 0;
+                    int64_t found = n;
+                    for (int64_t lane = w * kLanes; lane < least(padded, (w + 1) * kLanes); lane += W) {
+                        IntVec chosen;
+                        for (int64_t l = 0; l < W; ++l) chosen[l] = choice[lane + l] == place ? -1 : 0;
+                        const Vec value = chosen ? load(delta + lane) : Vec{};
+                        store(to + lane, value);
+                        const uint64_t kept = nonzero_bits(value);
+                        listed |= kept << lane % kLanes;
+                        store_chosen(at.list.values + found, value, kept);
+                        found += __builtin_popcountll(kept);
+                    }
+                    n += append_bits(at.list.places + n, listed & valid(w), x * outputs.channels + w * kLanes);
+                }
+            }
+            at.list.starts[y * (outputs.width + 1) + outputs.width] = n;
             give_current(at, y);
         }
-        neurons[(at.b - a.first) * 2] += to_beta, neurons[(at.b - a.first) * 2 + 1] += to_theta;
     }
 
     // Row y of δ as the gradient of the current, the sum over all steps if that is held.
@@ -330,7 +425,8 @@ struct ImageBackward : LayerShape {
 
     // The share of neurons that a gradient reaches in a step, and of what the inputs receive, by a sample of membranes.
     double reached_rate() const {
-        if (a.neurons.reset == kZero) return 1;  // δ, which does not end with the step
+        // δ, which does not end with the step
+        if (a.neurons.reset == kZero || merges()) return 1 / static_cast<double>(merged());
         constexpr int64_t kSamples = 256;
         const int64_t size = a.samples * a.steps * pixels * lanes / W, samples = least(size, kSamples);
         int64_t found = 0;
@@ -346,15 +442,15 @@ struct ImageBackward : LayerShape {
         if (!a.grad_state && !(a.grad_neurons && (a.state || threshold() < 0))) return;
         const Vec decay = all(beta()), theta = all(threshold());
         const bool zeros = a.neurons.reset == kZero, subtracts = a.neurons.reset == kSubtract;
-        float* const u = row + at.worker * (outputs.width + 1) * lanes;
-        for (int64_t y = 0; y < outputs.height; ++y) {
-            float* delta = at.delta + y * wide * padded;
+        float* const u = row + at.worker * (cells.width + 1) * lanes;
+        for (int64_t y = 0; y < cells.height; ++y) {
+            float* delta = row_of(at, y);
             Vec beta_sum = {}, theta_sum = {};
             if (a.state)
-                load_row(a.state + at.b * outputs.floats, y, u);
+                load_row(a.state + at.b * cells.floats, y, u);
             else
-                zero(u, outputs.width * lanes * sizeof(float));
-            for (int64_t x = 0; x < outputs.width; ++x)
+                zero(u, cells.width * lanes * sizeof(float));
+            for (int64_t x = 0; x < cells.width; ++x)
                 for (int64_t lane = 0; lane < padded; lane += W) {
                     const Vec membrane = load(u + x * lanes + lane), later = load(delta + x * padded + lane);
                     const IntVec fired = membrane > theta;
@@ -364,7 +460,7 @@ struct ImageBackward : LayerShape {
                     store(delta + x * padded + lane, decay * discharged);
                 }
             neurons[(at.b - a.first) * 2] += sum_of(beta_sum), neurons[(at.b - a.first) * 2 + 1] += sum_of(theta_sum);
-            if (a.grad_state) store_row(a.grad_state + at.b * outputs.floats, y, delta, padded);
+            if (a.grad_state) store_row(a.grad_state + at.b * cells.floats, y, delta, padded);
         }
     }
 
@@ -372,7 +468,7 @@ struct ImageBackward : LayerShape {
     void give_inputs(const Frame& at) const {
         float* const to = received + at.worker * inputs.pixels * a.in_lanes;
         float* const sum = buffers.rows + at.worker * buffers.of_rows;
-        const bool decays = a.neurons.reset != kZero;
+        const bool decays = a.neurons.reset != kZero && !merges();
         const Vec decay = all(beta());
         const uint8_t valued = 1;
         const uint8_t* const of_list = &valued;
@@ -406,6 +502,7 @@ struct ImageBackward : LayerShape {
         chunk.left = left, chunk.top = top;
         at.delta = chunk.frame - (top * wide + left) * padded;
         zero(chunk.frame, sums.frame_floats(weights) * sizeof(float));
+        if (merges()) zero(own + worker * pixels * padded, pixels * padded * sizeof(float));
         zero(bias + (b - a.first) * padded, padded * sizeof(float));
         neurons[(b - a.first) * 2] = neurons[(b - a.first) * 2 + 1] = 0;
         float* const to = sums.sums + (b - a.first) * weights.size;
@@ -438,7 +535,8 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
     const ScatterBuffers sums(weights, wide, tall, c.threads, arena);
     const EventRows lists(outputs, outputs.height, c.threads, arena);
     const ImageBackward layer{shape, of, weights, events, buffers, sums, lists, left, top,
-                              arena.take<float>(outputs.pixels * a.lanes),
+                              arena.take<float>(shape.merges() ? c.threads * shape.pixels * weights.padded : 0),
+                              arena.take<float>(shape.pixels * a.lanes),
                               arena.take<float>(c.threads * inputs.pixels * a.in_lanes),
                               arena.take<float>(a.held ? c.threads * outputs.pixels * weights.padded : 0),
                               arena.take<float>(c.threads * (outputs.width + 1) * a.lanes),
@@ -458,8 +556,8 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
     }
     if (a.grad_rates) {
         const Vec share = all(1.0f / (static_cast<float>(a.samples) * static_cast<float>(a.steps)));
-        for (int64_t y = 0; y < outputs.height; ++y) layer.load_row(a.grad_rates, y, layer.rates + y * outputs.width * a.lanes);
-        for (int64_t i = 0; i < outputs.pixels * a.lanes; i += W) store(layer.rates + i, load(layer.rates + i) * share);
+        for (int64_t y = 0; y < shape.cells.height; ++y) layer.load_row(a.grad_rates, y, layer.rates + y * shape.cells.width * a.lanes);
+        for (int64_t i = 0; i < shape.pixels * a.lanes; i += W) store(layer.rates + i, load(layer.rates + i) * share);
     }
     choose(Surrogates{}, a.neurons.surrogate, [&](auto surrogate) {
         using S = std::conditional_t<infrequent<decltype(surrogate)>, AnySurrogate, decltype(surrogate)>;

@@ -156,11 +156,13 @@ struct Convolution {
 // frame is an image of a sample in a step: number t · samples + b. Images that only layers read have their channels last, `lanes` of them
 // for each pixel, with numbers of no meaning behind the last channel; others are [C][H][W].
 struct ImageLayer {
-    // of frames of x, or of spikes; its sizes are those of the neurons, too; with `sample`, only which products are computed by events
-    // is found out
+    // of frames of x, or of spikes; with `sample`, only which products are computed by events is found out
     Convolution convolution;
     Neurons neurons;          // with one β and one θ
     int32_t samples, steps, lanes, in_lanes;
+    int32_t rows, columns;    // of the neurons, whose current is the maximum over a window of what the convolution gives
+    int32_t merged_rows, merged_columns;  // of that window; 1: there is none
+    uint8_t* choices;         // out: which of its window, [frames][pixels][lanes]; null: not wanted
     int32_t window_rows, window_columns, pooled_rows, pooled_columns;
     uint64_t* inputs;         // the spikes that it receives, [frames][pixels][words]; null: x is given
     const float* current;     // in place of a convolution, images of all frames, or `held` of all samples; null: there is one

@@ -4,7 +4,7 @@ follows is a network of its own, whose inputs are the spikes of the last of thes
 
 Between layers spikes are words, int64 [T, B, pixels, words] with a bit for each channel. What the forward pass keeps is
 of each layer these, behind its windows, too, if there are any, and the membranes of every step, float32
-[T, B, pixels, lanes].
+[T, B, pixels, lanes]; where currents are maxima over windows, also which of its window each is, uint8 of that shape.
 """
 
 import math
@@ -46,12 +46,15 @@ from g2g_kernels.tracing import replaced
 LANES = 16
 #: bytes of the gradients between two layers that are there at a time, and of the sums of a weight's gradient
 MOST_BETWEEN, MOST_SUMS = 8 << 20, 64 << 20
+#: places of a window of which the maximum is a current
+MOST_MERGED = 256
 #: fields that these kernels read
 READ = ("neurons", "connections", "state", "kind", "values", "mask", "source", "bias", "images")
 
 
 class ImageLayer(NamedTuple):
-    """A convolution, its neurons, and the windows of which the maxima are sent on.
+    """A convolution, windows whose maxima are currents, the neurons that receive these, and windows of spikes whose
+    maxima are sent on.
 
     Attributes:
         weight, bias: of the convolution, or None: the current is given.
@@ -59,6 +62,7 @@ class ImageLayer(NamedTuple):
         state: [1, B, N] before the first step, or None.
         shape: of the neurons.
         convolution: None where the current is given.
+        merge: of what the convolution gives, over windows side by side; or None.
         pool: of the spikes, over windows side by side; or None.
     """
 
@@ -68,6 +72,7 @@ class ImageLayer(NamedTuple):
     state: torch.Tensor | None
     shape: Shape
     convolution: Convolution | None
+    merge: Pool | None
     pool: Pool | None
 
 
@@ -99,7 +104,7 @@ class ImagesCall(NamedTuple):
             if layer.weight is not None:
                 assert layer.convolution is not None
                 assert shape is not None
-                if convolved_shape(shape, layer.weight.shape, layer.convolution) != layer.shape:
+                if _merged(convolved_shape(shape, layer.weight.shape, layer.convolution), layer.merge) != layer.shape:
                     raise ValueError(f"the convolution of layer {number} must be one to images of {layer.shape}")
                 yield f"weight {number}", layer.weight, layer.weight.shape, torch.float32
                 yield f"bias {number}", layer.bias, (layer.shape[0],), torch.float32
@@ -114,7 +119,11 @@ TYPES |= {"ImageLayer": ImageLayer, "ImagesCall": ImagesCall}
 
 def sent_shape(layer: ImageLayer) -> Shape:
     """Of what a layer sends on."""
-    return layer.shape if layer.pool is None else pooled_shape(layer.shape, layer.pool)
+    return _merged(layer.shape, layer.pool)
+
+
+def _merged(shape: Shape, pool: Pool | None) -> Shape:
+    return shape if pool is None else pooled_shape(shape, pool)
 
 
 # --- which populations these kernels run ----------------------------------------------------------------------------
@@ -136,7 +145,7 @@ def _why_not(number: int, population: Population) -> str | None:
     if neurons.model != "lif" or any([each.numel() > 1 for each in neurons.parameters]):
         return f"population {number} is not LIF with one beta and one threshold"
     if number and not _is_plain(each, most=1):
-        return f"the connection to population {number} is not one convolution of one group, behind at most maxima"
+        return f"the connection to population {number} is not one convolution of one group, between at most maxima"
     return None
 
 
@@ -149,13 +158,16 @@ def _parts(connection: Connection) -> tuple[Images, Convolution]:
 
 
 def _is_plain(connection: Connection, most: int) -> bool:
-    """Whether a connection is a convolution that the kernels compute themselves, behind ``most`` pools side by side."""
+    """Whether a connection is a convolution that the kernels compute themselves, behind at most ``most`` pools side by
+    side, and before at most one."""
     images, convolution = _parts(connection)
-    before = images.before
-    if images.norm is not None or images.after or convolution.groups > 1 or len(before) > most:
+    before, after = images.before, images.after
+    if images.norm is not None or convolution.groups > 1 or len(before) > most or len(after) > 1:
+        return False
+    if any([math.prod(pool.kernel) > MOST_MERGED for pool in after]):
         return False
     sizes = convolved(images), connection.values.shape, convolution
-    return all([side_by_side(pool) for pool in before]) and refuses_sizes(*sizes) is None
+    return all([side_by_side(pool) for pool in (*before, *after)]) and refuses_sizes(*sizes) is None
 
 
 def _length(populations: Sequence[Population]) -> tuple[int, str]:
@@ -207,14 +219,17 @@ def g2g_images(call: Call, again: Callable[[Call], Activity]) -> Activity:
         state = None if population.state is None else population.state.contiguous()
         neurons = replaced(population.neurons, parameters=parameters)
         values, bias = each.values.contiguous(), None if each.bias is None else each.bias.contiguous()
-        layers.append(ImageLayer(values, bias, neurons, state, shape, _parts(each)[1], pool))
+        images, convolution = _parts(each)
+        layers.append(
+            ImageLayer(values, bias, neurons, state, shape, convolution, next(iter(images.after), None), pool)
+        )
     first = call.populations[0].connections[0]
     x, source, steps = call.x, _parts(first)[0].source, 0
     if call.steps is not None or not _is_plain(first, most=0):
         product = partial(g2g_conv2d, backend=call.backend)
         (of_first,) = functions_of(call.populations[:1], {"convolution": product}, run_neurons)
         x, steps = of_first.products[0](x), call.steps or 0
-        layers[0] = replaced(layers[0], weight=None, bias=None, convolution=None)
+        layers[0] = replaced(layers[0], weight=None, bias=None, convolution=None, merge=None)
     spikes, rates, last, kept = FORWARD(
         ImagesCall(x.float().contiguous(), None if layers[0].weight is None else source, tuple(layers), steps)
     )
@@ -290,10 +305,11 @@ def unpacked(words: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 class _Sizes(NamedTuple):
-    """Sizes of a layer in a call."""
+    """Sizes of a layer in a call; ``given``: of what its convolution gives."""
 
     layer: ImageLayer
     source: Shape
+    given: Shape
     pixels: int
     words: int
     lanes: int
@@ -310,8 +326,11 @@ def _sizes(call: ImagesCall) -> Iterator[_Sizes]:
     for layer in call.layers:
         channels, rows, columns = layer.shape
         source = (1, rows, columns) if shape is None else shape
-        sent = sent_shape(layer)
-        yield _Sizes(layer, source, rows * columns, -(-channels // 64), _lanes(channels), _lanes(source[0]), sent)
+        sent, given = sent_shape(layer), layer.shape
+        if layer.weight is not None:
+            given = convolved_shape(source, layer.weight.shape, _options(layer))
+        pixels, lanes = rows * columns, _lanes(channels)
+        yield _Sizes(layer, source, given, pixels, -(-channels // 64), lanes, _lanes(source[0]), sent)
         shape = sent
 
 
@@ -324,11 +343,11 @@ def _arguments(call: ImagesCall, of: _Sizes, words: Sequence[torch.Tensor], firs
     """The arguments of a layer; ``words`` as :func:`_words_of` gives them."""
     layer = of.layer
     (steps, batch), (channels, height, width) = _lead(call), of.source
-    out_channels, out_height, out_width = layer.shape
+    out_channels, out_height, out_width = of.given
     convolution = _options(layer)
     kernel = (1, 1) if layer.weight is None else layer.weight.shape[2:]
     inputs, spikes, pooled = words
-    window = (1, 1) if layer.pool is None else layer.pool.kernel
+    merged, window = [(1, 1) if pool is None else pool.kernel for pool in (layer.merge, layer.pool)]
     return structures.ImageLayer(
         convolution=structures.Convolution(
             x=call.x.data_ptr() if first else None,
@@ -358,6 +377,10 @@ def _arguments(call: ImagesCall, of: _Sizes, words: Sequence[torch.Tensor], firs
         steps=steps,
         lanes=of.lanes,
         in_lanes=of.in_lanes,
+        rows=layer.shape[1],
+        columns=layer.shape[2],
+        merged_rows=merged[0],
+        merged_columns=merged[1],
         window_rows=window[0],
         window_columns=window[1],
         pooled_rows=of.sent[1],
@@ -371,16 +394,19 @@ def _arguments(call: ImagesCall, of: _Sizes, words: Sequence[torch.Tensor], firs
     )
 
 
-def _kept_shapes(call: ImagesCall) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """Of the words and of the membranes of the layers."""
+def _kept_shapes(call: ImagesCall) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Of the words and of the membranes of the layers, and of what says which current is a maximum."""
     words: list[tuple[int, ...]] = []
     states: list[tuple[int, ...]] = []
+    choices: list[tuple[int, ...]] = []
     for of in _sizes(call):
         words.append((*_lead(call), of.pixels, of.words))
         if of.layer.pool is not None:
             words.append((*_lead(call), of.sent[1] * of.sent[2], of.words))
         states.append((*_lead(call), of.pixels, of.lanes))
-    return words, states
+        if of.layer.merge is not None:
+            choices.append(states[-1])
+    return words, states, choices
 
 
 def _words_of(call: ImagesCall, words: Sequence[torch.Tensor]) -> list[tuple[Any, Any, Any]]:
@@ -393,6 +419,12 @@ def _words_of(call: ImagesCall, words: Sequence[torch.Tensor]) -> list[tuple[Any
         found.append((inputs, spikes, pooled))
         inputs = spikes if pooled is None else pooled
     return found
+
+
+def _choices_of(call: ImagesCall, choices: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+    """Of each layer which currents are maxima, where these are kept."""
+    given = iter(choices)
+    return [None if layer.merge is None else next(given, None) for layer in call.layers]
 
 
 def _images(call: ImagesCall, of: _Sizes, words: torch.Tensor | None, some: slice = slice(None)) -> torch.Tensor:
@@ -411,15 +443,18 @@ _Each = list[torch.Tensor]
 
 
 def _forward(call: ImagesCall, keep: bool) -> tuple[torch.Tensor, _Each, _Each, _Each]:
-    of_words, of_states = _kept_shapes(call)
+    of_words, of_states, of_choices = _kept_shapes(call)
     words = workspace.each(of_words, torch.int64)
     states = workspace.each(of_states) if keep else []
+    choices = workspace.each(of_choices, torch.uint8) if keep else []
+    choice_of = _choices_of(call, choices)
     (_, batch), sizes = _lead(call), list(_sizes(call))
     numbers = [math.prod(layer.shape) for layer in call.layers]
     rates, last = workspace.each([(n,) for n in numbers]), workspace.each([(1, batch, n) for n in numbers])
     for number, (of, of_layer) in enumerate(zip(sizes, _words_of(call, words), strict=True)):
         arguments = _arguments(call, of, of_layer, first=number == 0)
         arguments.states = states[number].data_ptr() if keep else None
+        arguments.choices = pointer(choice_of[number])
         arguments.rates, arguments.last = rates[number].data_ptr(), last[number].data_ptr()
         run(library().g2g_image_layer, arguments)
         if of.layer.weight is not None and not arguments.convolution.y_by_events:
@@ -429,14 +464,16 @@ def _forward(call: ImagesCall, keep: bool) -> tuple[torch.Tensor, _Each, _Each, 
                 ).contiguous(memory_format=torch.channels_last)
             arguments.current, arguments.convolution.y_last = current.data_ptr(), True
             run(library().g2g_image_layer, arguments)
-    return unpacked(words[-1], sizes[-1].sent[0]), rates, last, [*words, *states]
+    return unpacked(words[-1], sizes[-1].sent[0]), rates, last, [*words, *states, *choices]
 
 
 def _shapes(call: ImagesCall, keep: bool) -> list[Output | list[Output]]:
-    words, states = _kept_shapes(call)
+    words, states, choices = _kept_shapes(call)
     (steps, batch), (*_, last) = _lead(call), _sizes(call)
     numbers = [math.prod(layer.shape) for layer in call.layers]
-    kept = [*[Output(shape, torch.int64) for shape in words], *[Output(shape) for shape in states if keep]]
+    kept = [Output(shape, torch.int64) for shape in words]
+    if keep:
+        kept += [*[Output(shape) for shape in states], *[Output(shape, torch.uint8) for shape in choices]]
     spikes = Output((steps, batch, math.prod(last.sent)))
     return [spikes, [Output((n,)) for n in numbers], [Output((1, batch, n)) for n in numbers], kept]
 
@@ -444,7 +481,9 @@ def _shapes(call: ImagesCall, keep: bool) -> list[Output | list[Output]]:
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, kept, (grad_spikes, *of_layers), _ = given
     count, (steps, batch), sizes = len(call.layers), _lead(call), list(_sizes(call))
-    words, states = _words_of(call, kept[:-count]), kept[-count:]
+    of_words, of_states, _ = map(len, _kept_shapes(call))
+    words, states = _words_of(call, kept[:of_words]), kept[of_words : of_words + of_states]
+    choices = _choices_of(call, kept[of_words + of_states :])
     grads, to = given.made(workspace.alike)
     sums = []
     for layer in to.layers:
@@ -464,7 +503,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         for number in range(count - 1, -1, -1):
             of, layer, grad = sizes[number], call.layers[number], to.layers[number]
             arguments = _arguments(call, of, words[number], first=number == 0)
-            arguments.states, arguments.first, arguments.count = states[number].data_ptr(), first, some
+            arguments.states, arguments.choices = states[number].data_ptr(), pointer(choices[number])
+            arguments.first, arguments.count = first, some
             arguments.grad_spikes = received.data_ptr()
             arguments.grad_rates, arguments.grad_last = pointer(of_layers[number]), pointer(of_layers[count + number])
             arguments.grad_bias, arguments.grad_state = pointer(grad.bias), pointer(grad.state)
@@ -513,7 +553,7 @@ def _run_backward(
     if not (dense_x or dense_weight):
         run(library().g2g_image_layer, arguments, backward=True)
         return
-    channels, rows, columns = of.layer.shape
+    channels, rows, columns = of.given
     (steps, _), weight, options = _lead(call), of.layer.weight, [list(each) for each in _options(of.layer)[:3]]
     delta = workspace.empty((steps * count, rows, columns, channels))
     arguments.grad_current, arguments.current_samples, convolution.y_last = delta.data_ptr(), count, True
@@ -551,21 +591,24 @@ def _plain(call: ImagesCall) -> list[torch.Tensor]:
         if layer.weight is not None:
             assert layer.convolution is not None
             images = x.reshape(-1, *of.source)
-            x = F.conv2d(images, layer.weight, layer.bias, *layer.convolution).reshape(steps, batch, -1)
+            images = F.conv2d(images, layer.weight, layer.bias, *layer.convolution)
+            x = _maxima(images, layer.merge).reshape(steps, batch, -1)
         x, state = in_steps(x, layer.neurons, None, layer.state)
         rates.append(x.mean((0, 1)))
         last.append(state)
         if layer.pool is not None:
-            pool = layer.pool
-            images = F.max_pool2d(x.reshape(-1, *layer.shape), pool.kernel, pool.stride, ceil_mode=pool.ceil)
-            x = images.reshape(steps, batch, -1)
+            x = _maxima(x.reshape(-1, *layer.shape), layer.pool).reshape(steps, batch, -1)
     return [x, *rates, *last]
+
+
+def _maxima(images: torch.Tensor, pool: Pool | None) -> torch.Tensor:
+    return images if pool is None else F.max_pool2d(images, pool.kernel, pool.stride, ceil_mode=pool.ceil)
 
 
 def _flops(call: ImagesCall) -> int:
     steps, batch = _lead(call)
     of_frame = sum(
-        [math.prod(layer.shape) * layer.weight[0].numel() for layer in call.layers if layer.weight is not None]
+        [math.prod(of.given) * of.layer.weight[0].numel() for of in _sizes(call) if of.layer.weight is not None]
     )
     return 2 * steps * batch * of_frame
 

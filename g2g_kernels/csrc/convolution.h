@@ -344,8 +344,8 @@ void with_vecs(int vecs, const F& f) {
 
 // Cycles as measured on a Zen 4 with AVX-512: of the addition of a vector, and what an event costs besides; of a run of events,
 // whose end is mispredicted; of visiting an event for up to three taps; per number, of finding out whether it is zero, of writing
-// it, and of copying it into a frame. And how many multiplications a dense product does in one.
-constexpr double kAddition = 1.5, kEvent = 1.0, kRun = 18.0, kVisit = 8.0, kFound = 0.7, kWritten = 1.0, kFramed = 2.0;
+// it, of copying it into a frame, and of making a float of a bit. And how many multiplications a dense product does in one.
+constexpr double kAddition = 1.5, kEvent = 1.0, kRun = 18.0, kVisit = 8.0, kFound = 0.7, kWritten = 1.0, kFramed = 2.0, kUnpacked = 6.0;
 constexpr double kDense = 17.0;
 // Events are chosen where they should take less than this share of the dense time; by a sample, a share of that.
 constexpr double kWorthwhile = 0.9, kSampled = 1.2;
@@ -359,14 +359,14 @@ struct ProductCost {
         const double of_source = static_cast<double>(sources.of_group), of_target = static_cast<double>(targets.of_group);
         const double vecs = static_cast<double>(divide_up(targets.of_group, W)), places = static_cast<double>(pairs);
         events = rate * places * of_source * (vecs * kAddition + each) + expense;
-        dense = places * of_source * of_target / kDense;
+        dense = places * of_source * vecs * W / kDense;  // in whole vectors, too
         found = static_cast<double>(sources.pixels) * of_source * kFound;
         written = static_cast<double>(targets.pixels) * of_target * kWritten;
     }
     // Of numbers to numbers, events in relation to the dense product.
     double relative() const { return (events + found + written) / ((dense + written) * kWorthwhile); }
-    // In a layer, where events are known, and what only a dense product writes is written and read.
-    double relative_in_layer() const { return events / ((dense + found + 2 * written) * kWorthwhile); }
+    // In a layer, where events are known, and what only a dense product writes is written and read; it takes bits as floats.
+    double relative_in_layer(double bits) const { return events / ((dense + found + 2 * written + bits * kUnpacked) * kWorthwhile); }
 };
 
 // Weights by a row of a kernel and strips of 32 channels, which stay in an L1 cache: where all weights do not, and there are so

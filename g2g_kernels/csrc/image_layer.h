@@ -57,6 +57,8 @@ struct LayerShape {
         of.last = false;
         return of;
     }
+    // The bits of an image of the inputs, whether they are spikes of a channel or of none.
+    double bits() const { return a.inputs ? static_cast<double>(inputs.pixels * inputs.words * kLanes) : 0; }
     // The share of numbers of the inputs that are not 0; finds them if they are not spikes.
     double input_rate(const Events& events) const {
         const int threads = a.convolution.threads;
@@ -232,7 +234,7 @@ inline void image_layer_forward(ImageLayer& a, Arena& arena) {
     if (!arena.base) return;
     if (!a.current) {
         const double rate = layer.input_rate(events);
-        a.convolution.y_by_events = a.convolution.event_cost * of.cost(rate).relative_in_layer() <= 1;
+        a.convolution.y_by_events = a.convolution.event_cost * of.cost(rate).relative_in_layer(shape.bits()) <= 1;
         if (!a.convolution.y_by_events) return;
         of.choose_slices(rate);
         load_kernels(of, a.convolution.weight, false, threads, buffers.weights);
@@ -544,9 +546,9 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
                               arena.take<double>(2 * a.count)};
     if (!arena.base) return;
     if (c.sample) {
-        const auto faster = [&](const ProductCost& cost) { return c.event_cost * cost.relative_in_layer() <= 1; };
-        a.convolution.grad_weight_by_events = c.grad_weight_by_events && faster(weights.cost(shape.input_rate(events)));
-        a.convolution.grad_x_by_events = c.grad_x_by_events && faster(of.cost(layer.reached_rate()));
+        const auto faster = [&](const ProductCost& cost, double bits) { return c.event_cost * cost.relative_in_layer(bits) <= 1; };
+        a.convolution.grad_weight_by_events = c.grad_weight_by_events && faster(weights.cost(shape.input_rate(events)), shape.bits());
+        a.convolution.grad_x_by_events = c.grad_x_by_events && faster(of.cost(layer.reached_rate()), 0);
         return;
     }
     if (!a.inputs && a.grad_weight) events.find(c.threads);

@@ -102,19 +102,19 @@ class Drawn:
         each = torch.randint(0, 4, (shape[0] * shape[1] * shape[2],), generator=numbers)
         return draw.choice([0, 0, 0, 2, each])
 
-    def _pool(self, draw: random.Random, shape: tuple[int, ...], before: bool) -> nn.Module | None:
+    def _pool(self, draw: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
         size = tuple(min(2, each) for each in shape[1:])
         if draw.random() < 0.5:
             return None
         if self.chain and draw.random() < 0.8:
-            return nn.MaxPool2d((min(3, shape[1]), size[1]), ceil_mode=draw.random() < 0.5) if before else None
+            return nn.MaxPool2d((min(3, shape[1]), size[1]), ceil_mode=draw.random() < 0.5)
         options = {"ceil_mode": draw.random() < 0.3, "stride": draw.choice([None, 1])}
         maximum = nn.MaxPool2d(size, padding=draw.choice([0, tuple(each // 2 for each in size)]), **options)
         return draw.choice([maximum, nn.AvgPool2d(size, **options), SumPool2d(size)])
 
     def _modules(self, draw: random.Random, numbers: torch.Generator, shape: tuple[int, ...]):
         """The modules of a projection of images, and the shape of what they give."""
-        before = self._pool(draw, shape, before=True)
+        before = self._pool(draw, shape)
         inner = shape if before is None else tuple(before(torch.zeros(1, *shape)).shape[1:])
         groups = inner[0] if draw.random() < (0.05 if self.chain else 0.2) else 1
         kernel = tuple(min(draw.choice([1, 2, 3]), each) for each in inner[1:])
@@ -128,7 +128,7 @@ class Drawn:
         options = {"groups": groups, "bias": draw.random() < 0.7, "mask": mask}
         layer = exact(G2GConv2d(inner[0], out, kernel, stride, padding, dilation, **options), numbers)
         found = tuple(layer(torch.zeros(1, *inner)).shape[1:])
-        after = self._pool(draw, found, before=False)
+        after = self._pool(draw, found)
         if before is None and mask is None and draw.random() < 0.1 and not self.chain:  # a pool alone
             before, layer, after = SumPool2d(1), None, None
             found = shape

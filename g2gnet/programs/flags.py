@@ -52,7 +52,7 @@ class FlagError(SettingsError):
 def file_name(text: str) -> str:
     """The type of a flag that names a file or a directory. Refuses an empty name, as an unset variable gives."""
     if not text:
-        raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
+        raise argparse.ArgumentTypeError("the name is empty; give one, or leave the flag out")
     return text
 
 

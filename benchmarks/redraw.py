@@ -373,6 +373,7 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "structure_study, in short": (functools.partial(_study, shown=slice(-1, None)), "structure-study"),
     "sequence_study": (_sequences, *(f"sequence-study-{kind}" for kind in SEQUENCES)),
     "delayed_study": (functools.partial(_study, table=study_tables.delays), "delayed-study"),
+    "memory_study": (_study, "memory-study"),
 }  # fmt: skip
 
 

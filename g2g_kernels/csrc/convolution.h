@@ -365,8 +365,9 @@ struct ProductCost {
     }
     // Of numbers to numbers, events in relation to the dense product.
     double relative() const { return (events + found + written) / ((dense + written) * kWorthwhile); }
-    // In a layer, where events are known, and what only a dense product writes is written and read; it takes bits as floats.
-    double relative_in_layer(double bits) const { return events / ((dense + found + 2 * written + bits * kUnpacked) * kWorthwhile); }
+    // In a layer, where events are known, and what only a dense product takes or gives is written, put in another order and read; it
+    // takes bits as floats.
+    double relative_in_layer(double bits) const { return events / ((dense + found + 3 * written + bits * kUnpacked) * kWorthwhile); }
 };
 
 // Weights by a row of a kernel and strips of 32 channels, which stay in an L1 cache: where all weights do not, and there are so

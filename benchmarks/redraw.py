@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
-from . import brain, chunks, cpu_choices, delays, host_time, records, report, study_tables
+from . import brain, chunks, cpu_choices, delays, host_time, images, records, report, study_tables
 from .records import RESULTS
 from .registry import KERNELS
 from .report import network, percent, plain, seconds, title
@@ -324,6 +324,16 @@ def _sequences(*found: Record) -> str:
     return f"Test accuracy, %, {_seeds(found[0].content)}; records: {links}.\n\n{table}"
 
 
+def _images(record: Record) -> str:
+    """The times of a network of images."""
+    content, busy = record.content, report.counted(record.content) == "cpu_median"
+    columns = ("median", *(("processor time",) if busy else ()), "times as fast", "peak memory", "rates, %")
+    about = content["workloads"][0]
+    size = f"{about['T']} steps, batch {about['batch_size']}"
+    table = markdown(*report.times(content, columns, title))
+    return f"`--network {about['network']}`, {size}. {_machine(record)}.\n\n{table}{_said_of_others(content)}"
+
+
 def _other(record: Record) -> str:
     """The table of a record of another benchmark, and the machine."""
     return f"{_machine(record)}\n\n{OTHERS[record.content['benchmark']].table(record.content)}"
@@ -345,6 +355,7 @@ OTHERS |= {"brain_growth": brain.PROGRAM, "brain_second": brain.PROGRAM}
 WHOLE: dict[str, Callable[[Record], str]] = {
     "throughput": _throughput,
     "chunks": _chunks,
+    images.PROGRAM.name: _images,
     **dict.fromkeys(OTHERS, _other),
     **dict.fromkeys(STUDIES, _study),
 }
@@ -361,6 +372,7 @@ PARTS: dict[str, tuple[Any, ...]] = {
     **{name: (_scaling, name) for name in ("scaling-p_inter", "scaling-wide")},
     **{name: (_other, name) for name in ("brain", "brain_growth", "brain_second", "delays")},
     "chunks": (_chunks, "chunks"),
+    **{name: (_images, name) for name in ("conv", "conv-tutorial")},
     "recipe_study": (_study, "recipe-study-wide"),
     "recipe_study, command": (functools.partial(_command, name=BEST), "recipe-study-wide"),
     "recipe_study, by seed": (

@@ -70,6 +70,8 @@ TITLES = {
     "bsr": "PyTorch's block-sparse product (BSR)",
     "snntorch": "snnTorch Leaky, a loop over T",
     "spikingjelly": "SpikingJelly 2, multi-step LIF",
+    "onednn": "PyTorch, all steps at once",
+    "compiled": "the same, torch.compile",
     "dense-correlation": "dense masks, full correlation matrix",
 }
 

@@ -93,7 +93,7 @@ def _pool_node(name: str, pool: Pool, nir: Any) -> Any:
     elif pool.inside:
         what = "pools with count_include_pad=False"
     if what is not None:
-        raise ValueError(f"{name}: NIR has no node for {what}; train the network with nn.AvgPool2d(size) or SumPool2d(size)")
+        raise ValueError(f"{name}: NIR has no node for {what}; train with nn.AvgPool2d(size) or SumPool2d(size)")
     kind = nir.SumPool2d if pool.kind == "sum" else nir.AvgPool2d
     sizes = (pool.kernel, pool.stride, pool.padding)
     return kind(**dict(zip(("kernel_size", "stride", "padding"), map(np.array, sizes), strict=True)))

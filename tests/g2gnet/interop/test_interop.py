@@ -553,7 +553,7 @@ def test_convolutions_of_other_tools_are_read_and_what_nir_cannot_say_of_images_
     with pytest.raises(ValueError, match=r"node c: weight has shape \[3\]; give \[out, in, rows, columns\]"):
         from_nir(graph, dt=1.0, T=2)
     for layers, message in (
-        ([nn.MaxPool2d(2)], "conv1: NIR has no node for a pool of maxima; train the network with nn.AvgPool2d"),
+        ([nn.MaxPool2d(2)], "conv1: NIR has no node for a pool of maxima; train with nn.AvgPool2d"),
         ([nn.AvgPool2d(2, ceil_mode=True)], "conv1: NIR has no node for pools with ceil_mode"),
         ([], "conv1 has kernels of 3 × 1 and 1 groups; the types of the package nir are those of square kernels"),
     ):

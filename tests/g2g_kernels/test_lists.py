@@ -1,6 +1,7 @@
 """Weights in lists: the values of both kernels against float64, when they are chosen, and that nothing of N × N is
 formed."""
 
+import gc
 import random
 
 import pytest
@@ -16,6 +17,7 @@ from g2g_kernels.ops.g2g_stack import Delay, chunks, explain, recurrent_lists
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import built, opened
+from g2gnet import LIF, Projection, SpikingNetwork
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="the compiled kernels are not built")
 
@@ -218,6 +220,22 @@ def test_a_run_in_parts_and_in_chunks_is_the_whole_run(monkeypatch, model, param
         for mine, theirs in zip(of_parts, grads, strict=True):
             assert_close(mine, theirs.double())
     assert any(isinstance(each, torch.Tensor) for each in packed)
+
+
+def test_the_graph_of_chunks_keeps_no_dense_spikes(monkeypatch):
+    for name in ("WIDE", "LARGE", "SPARSE"):
+        monkeypatch.setattr(chunks, name, 1)
+    each, size, batch, chunk, held = torch.arange(4096), 4096, 4, 50, []
+    joined = Projection.from_edges("a", "a", each, each.flip(0), 0.1, 2, sizes=(size, size))
+    inputs = Projection.from_edges("input", "a", [0], [0], 1.0, sizes=(1, size))
+    net = SpikingNetwork({"a": LIF(size)}, [*inputs, *joined], "a")
+    for steps in (2 * chunk, 6 * chunk):
+        activity = net.simulate(torch.ones(steps, batch, 1), chunk=chunk)
+        assert activity.counts.requires_grad
+        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.layout == torch.strided]
+        storages = [each.untyped_storage() for each in alive]
+        held.append(sum({each.data_ptr(): each.nbytes() for each in storages}.values()))
+    assert held[1] - held[0] < 4 * 4 * chunk * batch * size / 2  # of four chunks more, half their dense spikes
 
 
 # --- by events --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ spikes to the last bit.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -74,7 +75,8 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
                 for population, state, train in zip(populations, states, trains)  # noqa: B905
             ]
         )
-        done.append((size, activity))
+        last = activity.states, activity.sent
+        done.append((size, replaced(activity, states=None, sent=None, synapses=None)))  # which would be large
     spikes = zip(*(activity.spikes for _, activity in done))  # noqa: B905
     shares = [size / total_steps(call) for size, _ in done]
     activities = [activity for _, activity in done]
@@ -85,9 +87,9 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
             for of_population in zip(*(activity.rates for activity in activities))  # noqa: B905
         ),
         spikes=tuple([ChunkedSpikes(of_population, chunk) for of_population in spikes]),
-        states=activities[-1].states,
+        states=last[0],
         membranes=_joined([activity.membranes for activity in activities]),
-        sent=activities[-1].sent,
+        sent=last[1],
     )
 
 
@@ -132,10 +134,11 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
         return run(call)
     spikes: list[Spikes] = []
     of_results: Form = []
+    settings: Any = replaced(call, x=None, before=None, populations=())  # without tensors, which the graph would keep
 
     def again(*given: torch.Tensor) -> list[torch.Tensor]:
         x, before, populations = built(form, given)
-        activity = run(replaced(call, x=x, before=before, populations=populations, repeated=True))
+        activity = run(replaced(settings, x=x, before=before, populations=populations, repeated=True))
         sent = [each and each.dense() for each in activity.sent]
         spikes[:] = activity.spikes
         kept = activity.counts, activity.rates, activity.states, sent, activity.membranes

@@ -13,6 +13,7 @@ from ctypes import addressof
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from g2g_kernels.cpu import library as cpu_library
@@ -171,38 +172,36 @@ class EventSpikes(Spikes):
     def __init__(self, counts: torch.Tensor, neurons: torch.Tensor, size: int, like: torch.Tensor) -> None:
         self._counts, self._neurons, self._size, self._like = counts, neurons, size, like
 
-    def _places(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sample and the step of each."""
-        samples, steps = self._counts.shape
-        of_all = torch.repeat_interleave(torch.arange(samples * steps), self._counts.flatten())
-        return of_all // steps, of_all % steps
+    def _of_samples(self) -> tuple[torch.Tensor, ...]:
+        """The neurons of each sample."""
+        return self._neurons.split(self._counts.sum(1).tolist())
 
     def events(self) -> torch.Tensor:
         """int64 [spikes, 3], as :meth:`Spikes.events`."""
-        samples, counts = len(self._counts), self._counts.T.flatten().long()  # by step, then by sample
-        own = self._counts.flatten().long()
-        begin = (own.cumsum(0) - own).view(samples, -1).T.flatten() - (counts.cumsum(0) - counts)
-        which = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        neurons = self._neurons[begin[which] + torch.arange(len(which))]
-        return torch.stack([which // samples, which % samples, neurons.long()], 1)
+        counts, made = self._counts.numpy(), workspace.empty((len(self._neurons), 3), torch.int64)
+        rows, (samples, steps) = made.numpy(), counts.shape
+        first = counts.T.cumsum().reshape(steps, samples).T - counts.cumsum(1)  # by step, then by sample
+        for sample, (of_steps, own) in enumerate(zip(counts, self._of_samples(), strict=True)):  # which stay in cache
+            place = np.repeat(first[sample], of_steps) + np.arange(len(own))
+            rows[place, 0], rows[place, 1], rows[place, 2] = np.repeat(np.arange(steps), of_steps), sample, own
+        return made
 
     def dense(self, last: int | None = None) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order; of the ``last`` steps, or of all."""
         samples, steps = self._counts.shape
         last = steps if last is None else last
-        (sample, step), neurons = self._places(), self._neurons
+        of_all = torch.repeat_interleave(torch.arange(samples * steps), self._counts.flatten())
+        sample, step = of_all // steps, of_all % steps
         late = step >= steps - last
         spikes = self._like.new_zeros(last, samples, self._size)
-        spikes[step[late] - (steps - last), sample[late], neurons[late].long()] = 1
+        spikes[step[late] - (steps - last), sample[late], self._neurons[late].long()] = 1
         return spikes
 
     def per_neuron(self, of_samples: bool = False) -> torch.Tensor:
         """How many each neuron has sent, [N], or in each sample, [B, N]."""
-        samples = len(self._counts) if of_samples else 1
-        place = self._neurons.long()
-        if samples > 1:
-            place += self._places()[0] * self._size
-        return torch.bincount(place, minlength=samples * self._size).view(samples, self._size).to(self._like.dtype)
+        each = self._of_samples() if of_samples else [self._neurons]
+        counts = torch.stack([torch.bincount(own, minlength=self._size) for own in each])
+        return counts.to(self._like.dtype)
 
 
 class LastEvents(Spikes):

@@ -39,7 +39,7 @@ from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, opened
-from g2g_kernels.tracing import replaced
+from g2g_kernels.tracing import is_traced, replaced
 
 #: neurons of a word of spikes
 _WORD = 64
@@ -49,18 +49,19 @@ LANES = 16
 
 class SpikeBits(Spikes):
     """Spikes of one population of ``size`` neurons as bits, int64 ``words`` [T, B, N / 64, rounded up]; ``like`` has
-    the dtype of :meth:`dense`."""
+    the dtype of :meth:`dense`. Few spikes are kept as the words that are not 0."""
 
     def __init__(self, words: torch.Tensor, size: int, like: torch.Tensor) -> None:
-        self._words, self._size, self._like = words, size, like
+        few = not is_traced() and 8 * int(words.count_nonzero()) < words.numel()
+        self._words, self._size, self._like = words.to_sparse() if few else words, size, like
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
-        return unpacked_bits(self._words, self._size).to(self._like.dtype)
+        return unpacked_bits(self._words.to_dense(), self._size).to(self._like.dtype)
 
     def events(self) -> torch.Tensor:
         """int64 [spikes, 3], as :meth:`Spikes.events`."""
-        return unpacked_bits(self._words, self._size).nonzero()
+        return unpacked_bits(self._words.to_dense(), self._size).nonzero()
 
 
 class LoopCall(NamedTuple):

@@ -1,6 +1,6 @@
 """A run in chunks of time steps. Only spikes, the states after each chunk and membranes that are wanted stay in memory:
 the backward pass runs one chunk at a time again, with gradients, from the states at its border, and finds the same
-spikes to the last bit. The last chunk, with which it begins, has kept what it needs.
+spikes to the last bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,8 +60,7 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
         size = min(chunk, total_steps(call) - first)
         part, held = (call.x[first : first + size], None) if call.steps is None else (call.x, size)
         of_part = replaced(call, x=part, populations=populations, steps=held, before=before, carried=True)
-        last = first + size == total_steps(call)  # what it keeps is used first, and would be computed again at once
-        again = not (last or truncated or call.plain or torch.compiler.is_compiling())
+        again = not (truncated or call.plain or torch.compiler.is_compiling())
         activity = _recomputed(of_part, run) if again else run(of_part)
         assert activity.states is not None
         *sent, of_inputs = activity.sent or (None,) * (len(populations) + 1)

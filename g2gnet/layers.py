@@ -162,6 +162,11 @@ class G2GLinear(SparseLayer):
     def __init__(
         self, mask: BlockMask, bias: bool = True, backend: str | None = None, generator: torch.Generator | None = None
     ) -> None:
+        if not isinstance(mask, BlockMask):
+            raise TypeError(
+                f"mask is {type(mask).__name__}; give a BlockMask (BlockMask.sample draws one, from_dense takes "
+                "bool), or have every weight: G2GLinear.from_linear(nn.Linear(in_features, out_features))"
+            )
         device = mask.unit_row.device
         super().__init__(mask, nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device)))
         self.backend = backend

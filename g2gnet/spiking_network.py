@@ -399,7 +399,8 @@ class SpikingNetwork(PopulationGraph):
                 return f"{name} carries hooks"
             forwards = (SpikingNeurons.forward,) if name in self.populations else _FORWARDS
             if type(module).forward not in forwards or "forward" in module.__dict__:
-                return f"{name} ({type(module).__name__}) has a forward of its own"
+                remedy = " (G2GLinear.from_linear(linear) has not)" if isinstance(module, nn.Linear) else ""
+                return f"{name} ({type(module).__name__}) has a forward of its own{remedy}"
         return None
 
     def _connections(self, number: int, called: bool, scale: float = 1.0) -> tuple[Connection, ...]:

@@ -92,11 +92,11 @@ def test_a_forced_backend_that_cannot_serve_is_an_error_and_no_other_is_tried(mo
         operator(5, backend="triton")
 
 
-def test_when_nobody_serves_every_reason_is_listed(monkeypatch, available):
+def test_when_nobody_serves_every_reason_is_listed_that_of_plain_pytorch_first(monkeypatch, available):
     operator = Operator("half")
     unavailable(monkeypatch, triton="no GPU here")
     operator.register("torch", lambda x: x / 2, lambda x: f"{x} is odd")
-    reasons = "triton: no GPU here; cpu: has no half; torch: 5 is odd"
+    reasons = "torch: 5 is odd; cpu: has no half; triton: no GPU here"  # what the caller can change comes first
     with pytest.raises(BackendError, match=f"^no backend serves this call of half: {reasons}$"):
         operator(5)
 

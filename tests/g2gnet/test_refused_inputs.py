@@ -134,6 +134,7 @@ WRONG_TYPES = [
     (lambda: LIF(tau=20.0), "needs dt"),
     (lambda: LIF(dt=1.0), "dt=1.0 is the step of tau, tau_syn, tau_adapt, refractory; give one of these, or no dt"),
     (lambda: LIF(tau=20.0, dt=1.0, beta=0.9), "the same parameter"),
+    (lambda: G2GLinear(784, 10), r"mask is int; give a BlockMask .*G2GLinear.from_linear\(nn.Linear\(in_features"),
     (lambda: SpikingStack([(nn.Conv2d(1, 8, 3), LIF())]), "layer 1 is a Conv2d; give G2GConv2d.from_conv2d"),
     (lambda: SpikingStack(layer()), "layers is a G2GLinear; give a list of"),
     (lambda: SpikingStack((layer(), LIF())), "layer 1 is a G2GLinear; give"),

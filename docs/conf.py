@@ -75,15 +75,17 @@ copybutton_prompt_is_regexp = True
 
 
 def names_of(module: str) -> list[str]:
-    """The classes and functions of a module's page: those of its ``__all__``, or all that it defines, except those on
-    the page of the library's top."""
+    """The classes and functions of a module's page: those of its ``__all__`` that it or a module below it defines, or
+    all that it defines, except those on the page of the library's top. (Each has one page, as source code has links to
+    one.)"""
     top = module.partition(".")[0]
     shown = {} if module == top else dict.fromkeys(sys.modules[top].__all__)
     offered = vars(importlib.import_module(module))
     names = offered.get("__all__") or [
         name for name, each in offered.items() if getattr(each, "__module__", None) == module and name[0] != "_"
     ]
-    return [name for name in names if hasattr(offered[name], "__qualname__") and name not in shown]
+    own = [name for name in names if getattr(offered[name], "__module__", "").startswith(module)]
+    return [name for name in own if hasattr(offered[name], "__qualname__") and name not in shown]
 
 
 def data_of(module: str) -> list[str]:

@@ -37,16 +37,7 @@ class Workspace:
 
     def bytes(self, size: int) -> torch.Tensor:
         """An uninitialised uint8 tensor of ``size`` elements, aligned to 64 bytes."""
-        if size < SMALL:
-            tensor = torch.empty(size, dtype=torch.uint8)  # PyTorch aligns its memory so
-        else:
-            memory = self._take(size)
-            array = (ctypes.c_char * len(memory)).from_buffer(memory)
-            weakref.finalize(array, self._returned.append, memory).atexit = False
-            tensor = torch.frombuffer(array, dtype=torch.uint8, count=size)
-        if self.poison:
-            tensor.fill_(0xFF)
-        return tensor
+        return self.empty((size,), torch.uint8)
 
     def borrow(self, size: int) -> mmap.mmap:
         """A map of at least ``size`` uninitialised bytes, until it is given back."""
@@ -60,17 +51,26 @@ class Workspace:
         self._returned.append(memory)
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """An uninitialised contiguous tensor."""
-        return self.each([shape], dtype)[0]
+        """An uninitialised contiguous tensor, aligned to 64 bytes. It is no view: PyTorch adds a gradient to another
+        one in place where nothing else refers to its memory."""
+        count = math.prod(shape)
+        if count * dtype.itemsize < SMALL:
+            tensor = torch.empty(shape, dtype=dtype)  # PyTorch aligns its memory so
+        else:
+            memory = self._take(count * dtype.itemsize)
+            array = (ctypes.c_char * len(memory)).from_buffer(memory)
+            weakref.finalize(array, self._returned.append, memory).atexit = False
+            tensor = torch.frombuffer(array, dtype=dtype, count=count).resize_(shape)
+        return self._poisoned(tensor)
+
+    def _poisoned(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.poison and tensor.numel():
+            tensor.view(-1).view(torch.uint8).fill_(0xFF)
+        return tensor
 
     def each(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         """As :meth:`empty`, one tensor for each shape."""
-        made = []
-        for shape in shapes:
-            size = math.prod(shape) * dtype.itemsize
-            small = size < SMALL and not self.poison
-            made.append(torch.empty(shape, dtype=dtype) if small else self.bytes(size).view(dtype).view(shape))
-        return made
+        return [self.empty(shape, dtype) for shape in shapes]
 
     def alike(self, tensors: Sequence[torch.Tensor], needed: Sequence[bool]) -> list[torch.Tensor | None]:
         """An uninitialised tensor like each contiguous one that is ``needed``, None for the others."""
@@ -86,15 +86,12 @@ class Workspace:
 
     def exactly(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
         """As :meth:`each`, for many tensors that are kept for long: up to a few maps' size they take no whole map."""
-        made = []
-        for shape in shapes:
-            if math.prod(shape) * dtype.itemsize >= 4 * PAGE:
-                made.append(self.empty(shape, dtype))
-                continue
-            tensor = torch.empty(shape, dtype=dtype)
-            poisoned = self.poison and tensor.numel()
-            made.append(tensor.view(torch.uint8).fill_(0xFF).view(dtype) if poisoned else tensor)
-        return made
+        return [
+            self.empty(shape, dtype)
+            if math.prod(shape) * dtype.itemsize >= 4 * PAGE
+            else self._poisoned(torch.empty(shape, dtype=dtype))
+            for shape in shapes
+        ]
 
     def _take(self, size: int, briefly: bool = False) -> mmap.mmap:
         length = -(-size // PAGE) * PAGE

@@ -130,8 +130,8 @@ struct SpikeSum {
             if (sent[n] != 0.0f) note(n);
         for (int64_t i = 0; i < count; ++i) {
             if (i + kAhead < count) {
-                const int64_t next = lists.first[neurons[i + kAhead]];
-                for (int64_t e = next; e < next + 64; e += 16)
+                const int64_t* const next = lists.first.data() + neurons[i + kAhead];
+                for (int64_t e = next[0]; e < least(next[0] + 64, next[1]); e += 16)
                     __builtin_prefetch(lists.other.data() + e), __builtin_prefetch(weights + e);
             }
             const float size = sent ? sent[neurons[i]] : 1.0f;
@@ -167,8 +167,8 @@ inline void list_loop_forward(ListLoop& a, Arena& arena) {
         for (int64_t t = 0; t < a.steps; ++t) {
             float* const to = a.kept ? call.states(t, sample) : states + (t + 1) % 2 * rows;
             __builtin_memcpy(current, call.row(a.current, a.held, t, sample), a.size * sizeof(float));
-            if (membrane && !(a.held && t))
-                __builtin_memcpy(membrane, call.row(a.to_membrane, a.held, t, sample), a.size * sizeof(float));
+            if (membrane && !(a.membrane_held && t))
+                __builtin_memcpy(membrane, call.row(a.to_membrane, a.membrane_held, t, sample), a.size * sizeof(float));
             const int64_t then = t - a.delay;
             sum.add(then < 0 ? nullptr : call.spikes(then, sample), then < 0 ? call.sent(then, sample) : nullptr, current);
             (*step)(call, {current, membrane, from, to, sent, call.spikes(t, sample)});
@@ -256,7 +256,7 @@ struct LoopBackward {
     float* reaching;              // [rings][padded][lanes]: Vᵀ·∂I of the last windows
     float* to_current;            // [padded][lanes]: ∂I of this one
     uint32_t* spikes;             // [padded] of D steps before, a bit per lane
-    float* held[2];               // [width][padded] of the current, of the membrane, if they are held and wanted
+    float* held[2];               // [width][padded] of the current, of the membrane, if it is held and wanted
     float* sums[kMostParameters]; // [padded]
     float* tiles;                 // of each thread: [2 · lanes + 2][kNeurons]
     float* grad;                  // [entries], null: not wanted
@@ -271,7 +271,7 @@ struct LoopBackward {
         to_current = arena.take<float>(padded * lanes);
         spikes = arena.take<uint32_t>(padded);
         held[0] = a.held && a.grad_current ? arena.take<float>(a.width * padded) : nullptr;
-        held[1] = a.held && a.grad_membrane ? arena.take<float>(a.width * padded) : nullptr;
+        held[1] = a.membrane_held && a.grad_membrane ? arena.take<float>(a.width * padded) : nullptr;
         for (int k = 0; k < call.model.parameters; ++k) sums[k] = arena.take<float>(padded);
         tiles = arena.take<float>(a.threads * (2 * lanes + 2) * kNeurons);
         grad = a.grad_values ? arena.take<float>(call.lists.entries()) : nullptr;
@@ -318,7 +318,7 @@ struct LoopBackward {
             give(of_current, first, inside, held[0] ? held[0] + s * call.padded : nullptr, call.row(a.grad_current, a.held, t, sample + s));
             if (a.grad_membrane)
                 give(membrane, first, inside, held[1] ? held[1] + s * call.padded : nullptr,
-                     call.row(a.grad_membrane, a.held, t, sample + s));
+                     call.row(a.grad_membrane, a.membrane_held, t, sample + s));
         });
         for (int64_t n = first; n < last; ++n)
             for (int64_t lane = 0; lane < lanes; ++lane) to_current[n * lanes + lane] = to[lane * kNeurons + n - first];

@@ -192,7 +192,7 @@ struct ListLoop {
     const float* current;   // [T][B][N], or [B][N], held for all steps
     const float* to_membrane;  // the same, onto the membrane; null: nothing
     int64_t values;         // of the packed weights, with their padding
-    int32_t size, samples, steps, threads, held;
+    int32_t size, samples, steps, threads, held, membrane_held;
     int32_t delay;          // D, 1 at least
     int32_t width, window;  // samples of a group and steps of a window, backward: powers of 2, 16 lanes in all at most, D steps at most
     const float* sent;      // [D][B][N]: the spikes before the first step; null: none

@@ -708,6 +708,29 @@ def test_a_finalizer_may_run_while_the_pool_is_locked():
     assert pool.bytes(1 << 20).data_ptr() == address
 
 
+class FromPool(torch.autograd.Function):
+    """A sum whose gradient is in the pool; notes where."""
+
+    @staticmethod
+    def forward(ctx, x, places):
+        ctx.shape, ctx.places = x.shape, places
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        of_x = Workspace().empty(ctx.shape).fill_(1)
+        ctx.places.append(of_x.data_ptr())
+        return of_x, None
+
+
+@pooled
+def test_gradients_of_the_pool_are_added_up_in_place():
+    x, places = torch.zeros(512, 1024, requires_grad=True), []
+    sum([FromPool.apply(x, places) for _ in range(3)]).backward()
+    assert x.grad.data_ptr() == places[0]
+    assert x.grad.eq(3).all()
+
+
 @pooled
 def test_scratch_of_two_sizes_in_turn_is_one_map():
     """As in a training step: forward needs less than backward, and what lies between them stays."""

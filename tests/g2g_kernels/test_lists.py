@@ -73,7 +73,7 @@ def test_a_linear_layer_is_that_of_float64(rows, sizes, block_size, density, inp
 
 
 NEURONS = {"model": MODELS, "reset": RESETS, "surrogate": SURROGATES}
-WITH_OR_WITHOUT = dict.fromkeys(("held", "state", "dropped", "per_neuron", "to_membrane"), (False, True))
+WITH_OR_WITHOUT = dict.fromkeys(("held", "state", "dropped", "per_neuron"), (False, True))
 
 
 @every_pair(
@@ -82,6 +82,7 @@ WITH_OR_WITHOUT = dict.fromkeys(("held", "state", "dropped", "per_neuron", "to_m
     batch=(1, 2, 3, 8, 19),
     block_size=(1, 3),
     **WITH_OR_WITHOUT,
+    to_membrane=(False, True, "alone"),
     threads=(1, 2),
     summed=(False, True),
     delay=(1, 2, 3, 5, 18),
@@ -113,7 +114,9 @@ def check_loop(x, recurrent, inputs, neurons, first, silent, steps, threads, sum
     sent = (torch.rand(delay, batch, size, generator=seeded(size)) < 0.2).float()
     if first is None or (delay == 1 and model.compared is None):
         sent = None
-    ports = [None, "membrane"] if to_membrane and model.takes is not None else [None]
+    ports = [None]
+    if to_membrane and model.takes is not None:
+        ports = ["membrane"] if to_membrane == "alone" else [None, "membrane"]
     of_counts, of_last = (torch.randn(batch, size, generator=seeded(size)) for _ in range(2))
 
     def run(backend, dtype):
@@ -523,7 +526,20 @@ def call() -> recurrent_lists.LoopCall:
         each.requires_grad_()
     own = Connection("linear", values, mask.tensors(), 0, Delay(2, 2))
     population = Population(Neurons("synaptic", parameters), (own,), dropped, state, sent)
-    return recurrent_lists.LoopCall(current[0], population, 0, current[1])
+    return recurrent_lists.LoopCall(current[0], population, 5, current[1])
+
+
+def test_a_current_that_is_held_and_one_onto_the_membrane_that_is_not_may_meet():
+    given, found = call(), []
+    for current in (given.current[0], given.current[:1].expand(5, 2, 12)):
+        for to_membrane in (given.to_membrane, given.to_membrane[0]):
+            each = given._replace(current=current.contiguous(), to_membrane=to_membrane.contiguous())
+            spikes, last, *_ = recurrent_lists.FORWARD(each)
+            grads = torch.autograd.grad((spikes * last[0]).sum() + last.square().sum(), [current, to_membrane])
+            grads = [grad if grad.dim() == 2 else grad.sum(0) for grad in grads]
+            found.append([spikes.detach(), last.detach(), *grads])
+    for one, other in ((0, 2), (1, 3)):
+        torch.testing.assert_close(found[one], found[other], rtol=1e-5, atol=1e-5)
 
 
 def test_operators_have_second_derivatives():

@@ -4,6 +4,7 @@ spikes to the last bit.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,10 +55,12 @@ class SparseSteps:
 def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated: bool = False) -> Activity:
     """The activity of ``run`` over all steps, ``chunk`` of them at a time (the last may be shorter); ``truncated``: no
     gradient passes from one to the one before it, and none is computed again."""
-    done: list[tuple[int, Activity]] = []
-    populations, before = call.populations, call.before
-    for first in range(0, total_steps(call), chunk):
-        size = min(chunk, total_steps(call) - first)
+    done: list[tuple[tuple[Spikes, ...], tuple[torch.Tensor | None, ...] | None]] = []
+    populations, before, total = call.populations, call.before, total_steps(call)
+    counts: Any = 0
+    rates: list[Any] = [0] * len(populations)
+    for first in range(0, total, chunk):
+        size = min(chunk, total - first)
         part, held = (call.x[first : first + size], None) if call.steps is None else (call.x, size)
         of_part = replaced(call, x=part, populations=populations, steps=held, before=before, carried=True)
         again = not (truncated or call.plain or torch.compiler.is_compiling())
@@ -75,21 +78,17 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
                 for population, state, train in zip(populations, states, trains)  # noqa: B905
             ]
         )
-        last = activity.states, activity.sent
-        done.append((size, replaced(activity, states=None, sent=None, synapses=None)))  # which would be large
-    spikes = zip(*(activity.spikes for _, activity in done))  # noqa: B905
-    shares = [size / total_steps(call) for size, _ in done]
-    activities = [activity for _, activity in done]
+        counts = counts + activity.counts  # chunk by chunk, since of a wide network all of them would be large
+        rates = [of_all + size / total * each for of_all, each in zip(rates, activity.rates)]  # noqa: B905
+        done.append((activity.spikes, activity.membranes))
+    spikes, membranes = zip(*done)  # noqa: B905
     return Activity(
-        counts=torch.stack([activity.counts for activity in activities]).sum(0),
-        rates=tuple(
-            torch.stack([share * rates for share, rates in zip(shares, of_population)]).sum(0)  # noqa: B905
-            for of_population in zip(*(activity.rates for activity in activities))  # noqa: B905
-        ),
-        spikes=tuple([ChunkedSpikes(of_population, chunk) for of_population in spikes]),
-        states=last[0],
-        membranes=_joined([activity.membranes for activity in activities]),
-        sent=last[1],
+        counts=counts,
+        rates=tuple(rates),
+        spikes=tuple([ChunkedSpikes(of_population, chunk) for of_population in zip(*spikes)]),  # noqa: B905
+        states=activity.states,
+        membranes=_joined(membranes),
+        sent=activity.sent,
     )
 
 
@@ -132,17 +131,16 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
     tensors, form = opened((call.x, call.before, call.populations))
     if not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
         return run(call)
-    spikes: list[Spikes] = []
     of_results: Form = []
     settings: Any = replaced(call, x=None, before=None, populations=())  # without tensors, which the graph would keep
 
-    def again(*given: torch.Tensor) -> list[torch.Tensor]:
+    def again(*given: torch.Tensor, note: Callable[[Spikes], None] = lambda of_population: None) -> list[torch.Tensor]:
         x, before, populations = built(form, given)
         activity = run(replaced(settings, x=x, before=before, populations=populations, repeated=True))
-        sent = [each and each.dense() for each in activity.sent]
-        spikes[:] = activity.spikes
-        kept = activity.counts, activity.rates, activity.states, sent, activity.membranes
-        results, of_results[:] = opened(kept)
+        for of_population in activity.spikes:
+            note(of_population)
+        sent = [each and each.dense().clone() for each in activity.sent]  # a view would keep the spikes of all steps
+        results, of_results[:] = opened((activity.counts, activity.rates, activity.states, sent, activity.membranes))
         return results
 
     indices = [
@@ -152,10 +150,9 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
         if connection.mask is not None
         for index in connection.mask.tensors()
     ]
+    spikes: list[Spikes] = []
     with torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
-        results = Recomputed.apply(again, again, indices, *tensors)
+        results = Recomputed.apply(partial(again, note=spikes.append), again, indices, *tensors)
     counts, rates, states, sent, membranes = built(of_results, results)
-    made = tuple(spikes)
-    spikes.clear()  # which the graph would keep alive
     of_delays = tuple([None if each is None else DenseSpikes(each) for each in sent])
-    return Activity(counts, rates, made, states=states, membranes=membranes, sent=of_delays)
+    return Activity(counts, rates, tuple(spikes), states=states, membranes=membranes, sent=of_delays)

@@ -65,9 +65,9 @@ class SpikeBits(Spikes):
 
 
 class LoopCall(NamedTuple):
-    """What the forward pass takes: the contiguous ``current`` [T, B, N], or [B, N] held for ``steps`` steps (otherwise
-    0); the population, contiguous, with its recurrent connection alone, whose ``source`` is 0, with a delay of D ≥ 1
-    steps, and ``sent`` [D, B, N], the steps before the first; and what goes onto the membrane, like ``current``.
+    """What the forward pass takes: the contiguous ``current`` [T, B, N], or [B, N] held for all ``steps``; the
+    population, contiguous, with its recurrent connection alone, whose ``source`` is 0, with a delay of D ≥ 1 steps, and
+    ``sent`` [D, B, N], the steps before the first; and what goes onto the membrane, over time or held as well.
     """
 
     current: torch.Tensor
@@ -88,7 +88,7 @@ class LoopCall(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the spikes: [T, B, N]."""
-        return (self.steps, *self.current.shape) if self.steps else tuple(self.current.shape)
+        return self.steps, *self.current.shape[-2:]
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -103,9 +103,9 @@ class LoopCall(NamedTuple):
             raise ValueError("the population needs its recurrent connection alone, with the source 0")
         if self.delay < 1:
             raise ValueError(f"the recurrent connection has the delay {self.delay}, and needs 1 or more")
-        shape = (samples, size) if self.steps else (steps, samples, size)
-        yield "current", self.current, shape, torch.float32
-        yield "to_membrane", self.to_membrane, shape, torch.float32
+        for name, tensor in (("current", self.current), ("to_membrane", self.to_membrane)):
+            held = tensor is not None and tensor.dim() == 2
+            yield name, tensor, (samples, size) if held else (steps, samples, size), torch.float32
         yield "row_order", self.recurrent.mask.row_order, (size,), torch.int64
         yield "sent", self.population.sent, (self.delay, samples, size), torch.float32
         yield from expected_of([self.population], samples)
@@ -146,7 +146,7 @@ def _run(
     recurrent: Connection,
     note: Callable[[torch.Tensor], None],
     current: torch.Tensor,
-    steps: int | None,
+    steps: int,
     state: torch.Tensor | None,
     sent: torch.Tensor | None,
     to_membrane: torch.Tensor | None = None,
@@ -159,14 +159,13 @@ def _run(
         delay = 0 if recurrent.delay is None else recurrent.delay.least
         before = spikes.new_zeros(delay, *spikes.shape[1:]) if sent is None else sent
         current = current.expand(spikes.shape)
-        to_membrane, steps = to_membrane if to_membrane is None else to_membrane.expand(spikes.shape), None
         current = current if current.requires_grad else current.detach().requires_grad_()
         current = recurrent.observer(torch.cat([before, spikes])[: len(spikes)], current)
     mask = recurrent.mask if isinstance(recurrent.mask, MaskTensors) else recurrent.mask.tensors()
     joined = Connection("linear", recurrent.values.contiguous(), mask, 0, recurrent.delay)
     own = contiguous(replaced(population, state=state), [joined], sent)
     to_membrane = to_membrane if to_membrane is None else to_membrane.float().contiguous()
-    spikes, last, words, _ = FORWARD(LoopCall(current.float().contiguous(), own, steps or 0, to_membrane))
+    spikes, last, words, _ = FORWARD(LoopCall(current.float().contiguous(), own, steps, to_membrane))
     note(words)
     return spikes.to(current.dtype), last
 
@@ -211,14 +210,15 @@ def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tup
         width=width,
         window=window,
         threads=torch.get_num_threads(),
-        held=call.steps > 0,
+        held=call.current.dim() == 2,
+        membrane_held=call.to_membrane is not None and call.to_membrane.dim() == 2,
     )
     return arguments, [lists, weights]
 
 
 def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, ...]:
     arguments, _outlive = _arguments(call)
-    spikes, last = workspace.empty(call.shape), workspace.empty(call.state_shape)
+    spikes, (last,) = workspace.empty(call.shape), workspace.exactly([call.state_shape])
     of_words, of_states = _kept_shapes(call, keep)
     words, kept = workspace.empty(of_words, torch.int64), workspace.empty(of_states)
     arguments.spikes, arguments.last, arguments.words = spikes.data_ptr(), last.data_ptr(), words.data_ptr()
@@ -251,9 +251,11 @@ def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
     population, recurrent, state = call.population, call.recurrent, call.population.state
     sent, spikes = [None] * call.delay if population.sent is None else [*population.sent], []
     for t in range(call.shape[0]):
-        arriving, steps = sent[t], slice(None) if call.steps else t
-        current = call.current[steps]
-        to_membrane = None if call.to_membrane is None else call.to_membrane[steps][None]
+        arriving = sent[t]
+        current, to_membrane = [
+            each if each is None or each.dim() == 2 else each[t] for each in (call.current, call.to_membrane)
+        ]
+        to_membrane = None if to_membrane is None else to_membrane[None]
         if arriving is not None:
             current = current + linear.g2g_linear(arriving, recurrent.values, recurrent.mask, None)
         now, state = in_steps(current[None], population.neurons, None, state, to_membrane=to_membrane)

@@ -60,7 +60,8 @@ class PopulationFunctions(NamedTuple):
             before, and a current onto the membrane of the same shape, if there is one, gives spikes [T, B, N] and the
             states after.
         loop: the same with the recurrent connection, of whose delay of D steps it also takes the spikes of the D steps
-            before the first, [D, B, N], or None; None where there is nothing but ``neurons``.
+            before the first, [D, B, N], or None; it is always given the number of steps, and either current may be
+            held. None where there is nothing but ``neurons``.
     """
 
     size: int
@@ -213,12 +214,9 @@ class GraphRun:
         nothing, before = self.begin(number, current)
         current = nothing if current is None else current
         to_membrane = onto[0] if onto else None
-        if to_membrane is not None:
-            current, to_membrane = torch.broadcast_tensors(current, to_membrane)
-        held = self.steps if current.dim() == 2 else None
         (delay,) = [each.delay for each in self.populations[number].connections if each.source == number]
         sent = None if before is None or delay is None else before[-delay.least :]
-        spikes, self.states[number] = loop(current, held, self.states[number], sent, to_membrane)
+        spikes, self.states[number] = loop(current, self.steps, self.states[number], sent, to_membrane)
         self._send(number, spikes)
         return True
 

@@ -176,17 +176,20 @@ struct Events {
 
     // Finds all; returns how many.
     int64_t find(int threads) const {
-        parallel(threads, of.count, 1, [&](int64_t image, int) {
-            bool others = false;
-            const float* from = x + image * of.floats;
-            for (int64_t g = 0; g < of.groups; ++g)
-                if (of.last)
-                    others |= find_last(from, image, g);
-                else
-                    others |= find_first(from, image, g);
-            valued[image] = others;
-        });
+        parallel(threads, of.count, 1, [&](int64_t image, int) { find_image(image); });
         return count(threads);
+    }
+
+    // Those of an image.
+    void find_image(int64_t image) const {
+        bool others = false;
+        const float* from = x + image * of.floats;
+        for (int64_t g = 0; g < of.groups; ++g)
+            if (of.last)
+                others |= find_last(from, image, g);
+            else
+                others |= find_first(from, image, g);
+        valued[image] = others;
     }
 
     // How many there are.
@@ -484,9 +487,10 @@ struct GatherBuffers {
         rows = arena.take<float>(threads * of_rows);
     }
 
-    // Rows of a task, of which there are at least so many.
-    static int64_t band_of(const Gather& a, int64_t bands) {
-        int64_t band = divide_up(a.targets.height, bands);
+    // The rows of targets in a task: few enough for `tasks` tasks of an image, and for the events of the rows that it reads to
+    // stay in L2.
+    static int64_t band_of(const Gather& a, int64_t tasks) {
+        int64_t band = divide_up(a.targets.height, tasks);
         while (band > 1 && a.rows.span(band) * a.sources.width * a.sources.of_group > kListed) band = divide_up(band, 2);
         return band;
     }

@@ -25,7 +25,16 @@ from g2g_kernels.ops.g2g_conv2d import g2g_conv2d
 from g2g_kernels.ops.g2g_conv2d.cpu import refuses_sizes
 from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.cpu import refuses_tensors
-from g2g_kernels.ops.g2g_stack.images import Convolution, Images, Pool, Shape, convolved, convolved_shape, pooled_shape
+from g2g_kernels.ops.g2g_stack.images import (
+    Convolution,
+    Images,
+    Pool,
+    Shape,
+    convolved,
+    convolved_shape,
+    pooled_shape,
+    through,
+)
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
@@ -34,7 +43,7 @@ from g2g_kernels.ops.g2g_stack.population import (
     refuses_kernels,
     unread,
 )
-from g2g_kernels.ops.g2g_stack.reference import functions_of
+from g2g_kernels.ops.g2g_stack.reference import PRODUCTS, functions_of, in_turn
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import Neurons
@@ -610,27 +619,22 @@ def _together(call: ImagesCall, sizes: Sequence[_Sizes]) -> int:
 
 def _plain(call: ImagesCall) -> list[torch.Tensor]:
     """Spikes, rates and last states by plain operations."""
-    (steps, batch), x = _lead(call), call.x
-    if call.steps:
-        x = x.expand(steps, *x.shape)
-    rates, last = [], []
-    for of in _sizes(call):
-        layer = of.layer
-        if layer.weight is not None:
-            assert layer.convolution is not None
-            images = x.reshape(-1, *of.source)
-            images = F.conv2d(images, layer.weight, layer.bias, *layer.convolution)
-            x = _maxima(images, layer.merge).reshape(steps, batch, -1)
-        x, state = in_steps(x, layer.neurons, None, layer.state)
-        rates.append(x.mean((0, 1)))
-        last.append(state)
-        if layer.pool is not None:
-            x = _maxima(x.reshape(-1, *layer.shape), layer.pool).reshape(steps, batch, -1)
-    return [x, *rates, *last]
+    shape, before = call.source or call.layers[0].shape, ()
+    populations = []
+    for number, layer in enumerate(call.layers):
+        images = Images(shape, before, layer.convolution, None, _of(layer.merge))
+        kind = "pool" if layer.weight is None else "convolution"
+        connection = Connection(kind, layer.weight, None, number - 1, bias=layer.bias, images=images)
+        populations.append(Population(layer.neurons, (connection,), state=layer.state))
+        shape, before = layer.shape, _of(layer.pool)
+    activity = in_turn(Call(call.x, tuple(populations), call.steps or None, spikes=True), PRODUCTS, in_steps)
+    assert activity.states is not None
+    sent = through(Images(shape, before), activity.spikes[-1].dense(), lambda x: x, flat=False)
+    return [sent, *activity.rates, *activity.states]
 
 
-def _maxima(images: torch.Tensor, pool: Pool | None) -> torch.Tensor:
-    return images if pool is None else F.max_pool2d(images, pool.kernel, pool.stride, ceil_mode=pool.ceil)
+def _of(pool: Pool | None) -> tuple[Pool, ...]:
+    return () if pool is None else (pool,)
 
 
 def _flops(call: ImagesCall) -> int:

@@ -284,4 +284,10 @@ G2G_EXPORT void g2g_unpack(const Plan* plan, const uint64_t* words, int32_t batc
                   [&] { kernels().unpack(*plan, words, steps, batch, steps, threads, spikes); });
 }
 
+G2G_EXPORT void g2g_unpack_images(const uint64_t* words, int64_t count, int32_t pixels, int32_t channels, int32_t last,
+                                  int32_t threads, float* spikes) {
+    with_team_for(count * pixels * channels, threads,
+                  [&] { kernels().unpack_images(words, count, pixels, channels, last, threads, spikes); });
+}
+
 }  // namespace g2g

@@ -164,7 +164,7 @@ struct Events {
 
     // The share of numbers that are not zero, of a few thousand.
     double sampled_rate() const {
-        constexpr int64_t kRuns = 64, kLength = 128;
+        constexpr int64_t kRuns = 32, kLength = 128;
         const int64_t size = of.floats * of.count, length = least(size, kLength), runs = least(kRuns, size / length);
         int64_t found = 0;
         for (int64_t i = 0; i < runs; ++i) {
@@ -176,17 +176,20 @@ struct Events {
 
     // Finds all; returns how many.
     int64_t find(int threads) const {
-        parallel(threads, of.count, 1, [&](int64_t image, int) {
-            bool others = false;
-            const float* from = x + image * of.floats;
-            for (int64_t g = 0; g < of.groups; ++g)
-                if (of.last)
-                    others |= find_last(from, image, g);
-                else
-                    others |= find_first(from, image, g);
-            valued[image] = others;
-        });
+        parallel(threads, of.count, 1, [&](int64_t image, int) { find_image(image); });
         return count(threads);
+    }
+
+    // Those of an image.
+    void find_image(int64_t image) const {
+        bool others = false;
+        const float* from = x + image * of.floats;
+        for (int64_t g = 0; g < of.groups; ++g)
+            if (of.last)
+                others |= find_last(from, image, g);
+            else
+                others |= find_first(from, image, g);
+        valued[image] = others;
     }
 
     // How many there are.
@@ -342,23 +345,25 @@ void with_vecs(int vecs, const F& f) {
     f(Constant<1>{});
 }
 
-// Cycles as measured on a Zen 4 with AVX-512: of the addition of a vector, and what an event costs besides; of a run of events,
-// whose end is mispredicted; of visiting an event for up to three taps; per number, of finding out whether it is zero, of writing
-// it, of copying it into a frame, and of making a float of a bit. And how many multiplications a dense product does in one.
-constexpr double kAddition = 1.5, kEvent = 1.0, kRun = 18.0, kVisit = 8.0, kFound = 0.7, kWritten = 1.0, kFramed = 2.0, kUnpacked = 6.0;
-constexpr double kDense = 17.0;
-// Events are chosen where they should take less than this share of the dense time; by a sample, a share of that.
-constexpr double kWorthwhile = 0.9, kSampled = 1.2;
+// Cycles as measured on a Zen 4 with AVX-512: of the addition of a vector, from an L1 cache or from L2, and what an event costs
+// besides; of a run of events, whose end is mispredicted; of visiting an event for up to three taps; per number, of finding out
+// whether it is zero, of writing it, of copying it into a frame, and of making a float of a bit. And how many multiplications a
+// dense product does in one.
+constexpr double kAddition = 1.5, kFarAddition = 2.2, kEvent = 1.0, kRun = 18.0, kVisit = 8.0;
+constexpr double kFound = 0.7, kWritten = 1.0, kFramed = 2.0, kUnpacked = 1.5, kDense = 13.0;
+// Events are chosen where they should take less than this share of the dense time; where they have been found, as a sample
+// promised, up to so much more.
+constexpr double kWorthwhile = 0.9, kOnceFound = 1.1;
 
 // What a product of source and target channels in `pairs` of places costs.
 struct ProductCost {
     double events, dense;   // by events, at a rate of these, and an expense for each image; by the dense product
     double found, written;  // finding the events in numbers; writing the result
 
-    ProductCost(double rate, int64_t pairs, double each, double expense, const Images& sources, const Images& targets) {
+    ProductCost(double rate, int64_t pairs, double addition, double each, double expense, const Images& sources, const Images& targets) {
         const double of_source = static_cast<double>(sources.of_group), of_target = static_cast<double>(targets.of_group);
         const double vecs = static_cast<double>(divide_up(targets.of_group, W)), places = static_cast<double>(pairs);
-        events = rate * places * of_source * (vecs * kAddition + each) + expense;
+        events = rate * places * of_source * (vecs * addition + each) + expense;
         dense = places * of_source * vecs * W / kDense;  // in whole vectors, too
         found = static_cast<double>(sources.pixels) * of_source * kFound;
         written = static_cast<double>(targets.pixels) * of_target * kWritten;
@@ -373,7 +378,7 @@ struct ProductCost {
 // Weights by a row of a kernel and strips of 32 channels, which stay in an L1 cache: where all weights do not, and there are so
 // many events that it pays, or weights exceed L2.
 constexpr int kSliceVecs = 32 / W < 1 ? 1 : 32 / W;
-constexpr int64_t kL1Floats = 3 << 13, kL2Floats = 1 << 17;
+constexpr int64_t kL1Floats = 3 << 13, kL2Floats = 1 << 17, kL1Weights = 1 << 14;  // of all weights; kL1Weights: of a slice
 constexpr double kSliceRate = 0.12;
 constexpr int64_t kStreamed = 1 << 20;  // floats of results that are in no cache when they are read
 
@@ -392,7 +397,8 @@ struct Gather {
     }
     ProductCost cost(double rate) const {
         const double runs = static_cast<double>(rows.pairs() * targets.width * (columns.step == 1 ? 1 : columns.kernel));
-        return {rate, rows.pairs() * columns.pairs(), kEvent, runs * kRun, sources, targets};
+        const bool far = columns.kernel * sources.of_group * kSliceVecs * W > kL1Weights;
+        return {rate, rows.pairs() * columns.pairs(), far ? kFarAddition : kAddition, kEvent, runs * kRun, sources, targets};
     }
     int64_t group_floats() const { return divide_up(targets.of_group, W) * W * taps() * sources.of_group; }
 };
@@ -484,9 +490,10 @@ struct GatherBuffers {
         rows = arena.take<float>(threads * of_rows);
     }
 
-    // Rows of a task, of which there are at least so many.
-    static int64_t band_of(const Gather& a, int64_t bands) {
-        int64_t band = divide_up(a.targets.height, bands);
+    // The rows of targets in a task: few enough for `tasks` tasks of an image, and for the events of the rows that it reads to
+    // stay in L2.
+    static int64_t band_of(const Gather& a, int64_t tasks) {
+        int64_t band = divide_up(a.targets.height, tasks);
         while (band > 1 && a.rows.span(band) * a.sources.width * a.sources.of_group > kListed) band = divide_up(band, 2);
         return band;
     }
@@ -617,7 +624,7 @@ struct Scatter {
 
     ProductCost cost(double rate) const {
         const int64_t copied = rows.span(inputs.height) * columns.span(inputs.width) * padded;
-        return {rate, rows.pairs() * columns.pairs(), kVisit / static_cast<double>(least(3, columns.kernel)),
+        return {rate, rows.pairs() * columns.pairs(), kAddition, kVisit / static_cast<double>(least(3, columns.kernel)),
                 static_cast<double>(copied) * kFramed, inputs, outputs};
     }
 
@@ -815,7 +822,7 @@ template <class F>
 double rate_of(const Events& events, const F& of, const Convolution& a) {
     const double all = static_cast<double>(events.of.floats * events.of.count);
     const double rate = a.sample ? events.sampled_rate() : static_cast<double>(events.find(a.threads)) / all;
-    return a.event_cost * of.cost(rate).relative() <= (a.sample ? kSampled : 1.0) ? rate : -1;
+    return a.event_cost * of.cost(rate).relative() <= (a.sample ? 1.0 : kOnceFound) ? rate : -1;
 }
 
 inline Images inputs_of(const Convolution& a) {

@@ -62,6 +62,7 @@ struct LayerShape {
     // The share of numbers of the inputs that are not 0; finds them if they are not spikes.
     double input_rate(const Events& events) const {
         const int threads = a.convolution.threads;
+        if (!a.inputs && a.convolution.sample) return events.sampled_rate();
         const int64_t found = a.inputs ? events.count(threads) : events.find(threads);
         return static_cast<double>(found) / static_cast<double>(inputs.floats * inputs.count);
     }
@@ -83,6 +84,28 @@ struct LayerShape {
     }
 };
 
+// 0 or 1 for each bit of images in words, [count][pixels][words].
+inline void unpack_images(const uint64_t* words, int64_t count, int32_t pixels, int32_t channels, int32_t last, int32_t threads,
+                          float* out) {
+    const Images of{channels, 1, 1, pixels, count, last != 0};
+    parallel(threads, of.count, 1, [&](int64_t image, int) {
+        for (int64_t p = 0; p < of.pixels; p += kLanes)
+            for (int64_t w = 0; w < of.words; ++w) {
+                const int64_t wide = least(kLanes, of.pixels - p), deep = least(kLanes, of.channels - w * kLanes);
+                uint64_t square[kLanes] = {};
+                for (int64_t i = 0; i < wide; ++i) square[i] = words[(image * of.pixels + p + i) * of.words + w];
+                if (!of.last) transpose_bits(square);
+                for (int64_t i = 0; i < (of.last ? wide : deep); ++i) {
+                    const int64_t n = of.last ? deep : wide;
+                    float panel[kLanes];
+                    float* const to = out + image * of.floats + (of.last ? of.at(p + i, w * kLanes) : of.at(p, w * kLanes + i));
+                    expand_bits(square[i], n == kLanes ? to : panel);
+                    if (n < kLanes) __builtin_memcpy(to, panel, n * sizeof(float));
+                }
+            }
+    });
+}
+
 // --- forward ----------------------------------------------------------------------------------------------------------------
 
 struct ImageForward : LayerShape {
@@ -95,26 +118,31 @@ struct ImageForward : LayerShape {
     int32_t* which;
     int64_t of_best = cells.width * kMostVecs * W;
 
-    // Row y of the neurons in a step: the channels from `first` on, `vecs` vectors of them.
-    template <class R>
-    void fire(R reset, int64_t t, int64_t b, int64_t y, int64_t first, int64_t vecs, const float* current, float* membrane,
-              float* count) const {
+    // Row y of the neurons in a step: the channels from `first` on, a strip of N vectors.
+    template <int N, class R>
+    void fire(R reset, int64_t t, int64_t b, int64_t y, int64_t first, const float* current, float* membrane, float* count) const {
+        constexpr int wide = N * W, full = wide / kLanes;  // a strip of less than a word lies within one
         const Vec p[2] = {all(beta()), all(threshold())};
-        const int64_t last = (first + vecs * W - 1) / kLanes;
-        uint64_t* out = spikes(t, b, y);
+        const uint64_t last = valid((first + wide - 1) / kLanes);
+        const int64_t place = first % kLanes;
+        uint64_t* out = spikes(t, b, y) + first / kLanes;
         float* kept = a.states ? states(t, b, y) + first : nullptr;
-        for (int64_t x = 0; x < cells.width; ++x, out += words, current += vecs * W, membrane += lanes, count += lanes) {
-            for (int64_t v = 0; v < vecs; ++v) {
+        for (int64_t x = 0; x < cells.width; ++x, out += words, current += wide, membrane += lanes, count += lanes) {
+            uint64_t fired[full + 1] = {};
+            unrolled<N>([&](auto v) {
                 Vec state[1] = {load(membrane + v * W)};
                 Lif::charge(state, load(current + v * W), p, reset);
                 store(membrane + v * W, state[0]);
                 store(count + v * W, load(count + v * W) + heaviside(state[0], p[1]));
                 if (kept) stream(kept + x * lanes + v * W, state[0]);
-                const int64_t lane = first + v * W, place = lane % kLanes;
-                const uint64_t fired = greater_bits(state[0], p[1]) << place;
-                out[lane / kLanes] = place ? out[lane / kLanes] | fired : fired;
+                fired[v * W / kLanes] |= greater_bits(state[0], p[1]) << (v * W % kLanes);
+            });
+            if constexpr (full) {
+                for (int w = 0; w < full; ++w) out[w] = fired[w];
+                out[full - 1] &= last;
+            } else {
+                out[0] = (place ? out[0] : 0) | (fired[0] << place & last);
             }
-            out[last] &= valid(last);
         }
     }
 
@@ -192,8 +220,10 @@ struct ImageForward : LayerShape {
                         if (a.choices) keep_choices(t + i, b, y, first, vecs * W, which + number * of_best);
                         current = largest;
                     }
-                    fire(reset, t + i, b, y, first, vecs, current, membrane + (y - top) * width * lanes + first,
-                         counts + (worker * pixels + y * width) * lanes + first);
+                    with_vecs<kMostVecs>(vecs, [&](auto N) {
+                        fire<N>(reset, t + i, b, y, first, current, membrane + (y - top) * width * lanes + first,
+                                counts + (worker * pixels + y * width) * lanes + first);
+                    });
                 };
                 if (!a.current)
                     return gather_strip(of, lists, valued, steps, begin, end, vecs, buffers.weights + first * of.taps() * inputs.channels,
@@ -269,6 +299,8 @@ struct ImageBackward : LayerShape {
     const ScatterBuffers& sums;
     const EventRows& lists;
     int64_t left, top;  // of the frame that holds δ
+    float* of_sent;     // [workers][pixels behind the windows][lanes]
+    uint64_t* reaches;  // [workers] a row of words
     float* own;  // [workers][pixels][padded] of δ where currents are maxima, whose frame holds what each pixel of the convolution gets
     // [pixels][lanes] of ∂L/∂rates in each step; [workers][pixels][in_lanes] of ∂x_{t+1}; [workers][pixels][padded] of Σ δ_t; of each
     // worker a row of pixels; of each sample [padded] of ∂b; of each sample ∂β and ∂θ
@@ -284,24 +316,41 @@ struct ImageBackward : LayerShape {
         EventRows list;
     };
 
+    // The gradients of what is sent in a step, [pixels behind the windows][lanes]; numbers of no meaning if there are none.
+    const float* grads_of(const Frame& at) const {
+        const int64_t number = at.t * a.count + at.b - a.first;
+        if (!a.grad_sent) return a.grad_spikes ? a.grad_spikes + number * pooled_pixels * lanes : states(at.t, at.b, 0);
+        const Images sent{outputs.channels, 1, a.pooled_rows, a.pooled_columns, 1, false};
+        float* const grads = of_sent + at.worker * pooled_pixels * lanes;
+        for (int64_t y = 0; y < sent.height; ++y)
+            LayerShape::load_row(sent, a.grad_sent + frame(at.t, at.b) * sent.floats, y, 0, sent.channels, grads + y * sent.width * lanes, lanes);
+        return grads;
+    }
+
     // Row y of δ.
     float* row_of(const Frame& at, int64_t y) const {
         return merges() ? own + (at.worker * pixels + y * cells.width) * padded : at.delta + y * wide * padded;
     }
 
-    // The channels of word w of pixel (y, x) that a gradient behind the windows reaches.
-    uint64_t chosen(const Frame& at, int64_t y, int64_t x, int64_t w) const {
-        if (!pools()) return valid(w);
-        const int64_t upper = y - y % a.window_rows, left = x - x % a.window_columns;
-        const int64_t bottom = least(cells.height, upper + a.window_rows), right = least(cells.width, left + a.window_columns);
-        uint64_t before = 0, any = 0;
-        for (int64_t i = upper; i < bottom; ++i)
-            for (int64_t k = left; k < right; ++k) {
-                if (i == y && k == x) before = any;
-                any |= spikes(at.t, at.b, i)[k * words + w];
+    // The channels of the pixels of row y that a gradient behind the windows reaches, [pixels][words].
+    void find_reached(const Frame& at, int64_t y, uint64_t* reached) const {
+        const int64_t pooled_y = y / a.window_rows, upper = pooled_y * a.window_rows;
+        const int64_t bottom = y == upper ? least(cells.height, upper + a.window_rows) : y + 1;
+        zero(reached, cells.width * words * sizeof(uint64_t));
+        if (pooled_y >= a.pooled_rows || !(a.grad_spikes || a.grad_sent)) return;
+        for (int64_t pooled_x = 0; pooled_x < a.pooled_columns; ++pooled_x) {
+            const int64_t left = pooled_x * a.window_columns, right = least(cells.width, left + a.window_columns);
+            for (int64_t w = 0; w < words; ++w) {
+                uint64_t any = 0;
+                for (int64_t i = upper; i < bottom && pools(); ++i)
+                    for (int64_t k = left; k < right; ++k) {
+                        const uint64_t fired = spikes(at.t, at.b, i)[k * words + w];
+                        if (i == y) reached[k * words + w] = fired & ~any & valid(w);
+                        any |= fired;
+                    }
+                if (y == upper) reached[left * words + w] |= ~any & valid(w);
             }
-        const uint64_t own = spikes(at.t, at.b, y)[x * words + w] & ~before;
-        return valid(w) & (y == upper && x == left ? own | ~any : own);
+        }
     }
 
     // δ_t of a frame from δ_{t+1}, in its place, and the list of what its inputs receive. `whole`: with the sums of parameters, and
@@ -310,32 +359,35 @@ struct ImageBackward : LayerShape {
     void step(Frame& at) const {
         const Vec decay = all(beta()), theta = all(threshold());
         const Steepness alpha = steepness(a.neurons);
-        const bool zeros = a.neurons.reset == kZero, subtracts = a.neurons.reset == kSubtract;
+        const bool zeros = a.neurons.reset == kZero, subtracts = a.neurons.reset == kSubtract, merging = merges();
         const bool last = a.grad_last && at.t + 1 == a.steps, lists_delta = zeros || last;
         float* const row_bias = row + at.worker * (cells.width + 1) * lanes;
         float* const row_last = row_bias + lanes;
+        uint64_t* const reached = reaches + at.worker * cells.width * words;
+        const float* const grads = grads_of(at);
         double to_beta = 0, to_theta = 0;
         int32_t n = 0;
         for (int64_t y = 0; y < cells.height; ++y) {
             const float* u = states(at.t, at.b, y);
-            const int64_t pooled_y = y / a.window_rows;
+            const float* const row_grads = grads + least(y / a.window_rows, a.pooled_rows - 1) * a.pooled_columns * lanes;
+            int32_t* const starts = at.list.starts + y * (cells.width + 1);
             float* delta = row_of(at, y);
             Vec beta_sum = {}, theta_sum = {};
+            find_reached(at, y, reached);
             zero(row_bias, padded * sizeof(float));
             if (last) load_row(a.grad_last + at.b * cells.floats, y, row_last);
+            int64_t pooled_x = 0, left_of_window = a.window_columns;
             for (int64_t x = 0; x < cells.width; ++x, delta += padded, u += lanes) {
-                if (!merges()) at.list.starts[y * (cells.width + 1) + x] = n;
-                const int64_t pooled_x = x / a.window_columns, number = at.t * a.count + at.b - a.first;
-                const bool inside = pooled_y < a.pooled_rows && pooled_x < a.pooled_columns;
-                const int64_t place = inside ? number * pooled_pixels + pooled_y * a.pooled_columns + pooled_x : 0;
-                const float* g = a.grad_spikes + place * lanes;
+                if (!merging) starts[x] = n;
+                if (!left_of_window--) ++pooled_x, left_of_window = a.window_columns - 1;
+                // what is behind the last window reaches nothing
+                const float* g = row_grads + least(pooled_x, a.pooled_columns - 1) * lanes;
                 const float* of_rate = a.grad_rates ? rates + (y * cells.width + x) * lanes : nullptr;
                 for (int64_t w = 0; w < words; ++w) {
-                    const uint64_t reached = inside ? chosen(at, y, x, w) : 0;
                     uint64_t listed = 0;
                     int64_t found = n;
                     for (int64_t lane = w * kLanes; lane < least(padded, (w + 1) * kLanes); lane += W) {
-                        const uint64_t bits = reached >> lane % kLanes & (~uint64_t{0} >> (64 - W));
+                        const uint64_t bits = reached[x * words + w] >> lane % kLanes & (~uint64_t{0} >> (64 - W));
                         const Vec later = load(delta + lane);
                         Vec now = decay * later, e = {};
                         if (whole || bits || of_rate) {
@@ -356,7 +408,7 @@ struct ImageBackward : LayerShape {
                         if (last) now += load(row_last + x * lanes + lane);
                         store(delta + lane, now);
                         store(row_bias + lane, load(row_bias + lane) + now);
-                        if (merges()) continue;
+                        if (merging) continue;
                         const Vec value = lists_delta ? now : e;
                         const uint64_t kept = nonzero_bits(value);
                         listed |= kept << lane % kLanes;
@@ -366,13 +418,13 @@ struct ImageBackward : LayerShape {
                     n += append_bits(at.list.places + n, listed & valid(w), x * outputs.channels + w * kLanes);
                 }
             }
-            if (!merges()) at.list.starts[y * (cells.width + 1) + cells.width] = n;
+            if (!merging) starts[cells.width] = n;
             float* const of_bias = bias + (at.b - a.first) * padded;
             for (int64_t lane = 0; lane < padded; lane += W) store(of_bias + lane, load(of_bias + lane) + load(row_bias + lane));
             to_beta += sum_of(beta_sum), to_theta += sum_of(theta_sum);
-            if (!merges()) give_current(at, y);
+            if (!merging) give_current(at, y);
         }
-        if (merges()) spread(at);
+        if (merging) spread(at);
         neurons[(at.b - a.first) * 2] += to_beta, neurons[(at.b - a.first) * 2 + 1] += to_theta;
     }
 
@@ -510,6 +562,7 @@ struct ImageBackward : LayerShape {
         float* const to = sums.sums + (b - a.first) * weights.size;
         if (a.grad_weight) zero(to, weights.size * sizeof(float));
         const bool whole = a.grad_neurons || a.neurons.reset == kZero;
+        for (int64_t t = 0; t < a.steps && !a.inputs && a.grad_weight; ++t) events.find_image(frame(t, b));
         for (at.t = a.steps - 1; at.t >= 0; --at.t) {
             whole ? step<S, true>(at) : step<S, false>(at);
             chunk.image = frame(at.t, b);
@@ -537,6 +590,8 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
     const ScatterBuffers sums(weights, wide, tall, c.threads, arena);
     const EventRows lists(outputs, outputs.height, c.threads, arena);
     const ImageBackward layer{shape, of, weights, events, buffers, sums, lists, left, top,
+                              arena.take<float>(a.grad_sent ? c.threads * shape.pooled_pixels * a.lanes : 0),
+                              arena.take<uint64_t>(c.threads * shape.cells.width * shape.words),
                               arena.take<float>(shape.merges() ? c.threads * shape.pixels * weights.padded : 0),
                               arena.take<float>(shape.pixels * a.lanes),
                               arena.take<float>(c.threads * inputs.pixels * a.in_lanes),
@@ -551,7 +606,6 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
         a.convolution.grad_x_by_events = c.grad_x_by_events && faster(of.cost(layer.reached_rate()), 0);
         return;
     }
-    if (!a.inputs && a.grad_weight) events.find(c.threads);
     if (a.grad_inputs || c.grad_x) {
         load_kernels(of, c.weight, true, c.threads, buffers.weights);
         load_bias(of, nullptr, buffers.bias);

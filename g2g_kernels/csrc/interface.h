@@ -69,6 +69,8 @@ struct Kernels {
     void (*list_network[2])(ListNetwork&, Arena&);
     void (*list_network_of_doubles[2])(ListNetwork&, Arena&);
     void (*unpack)(const Plan&, const uint64_t* words, int64_t stride, int32_t batch, int32_t steps, int32_t threads, float* spikes);
+    // images in words: [count][pixels][channels, or the other way round]
+    void (*unpack_images)(const uint64_t* words, int64_t count, int32_t pixels, int32_t channels, int32_t last, int32_t threads, float* spikes);
 };
 
 }  // namespace g2g

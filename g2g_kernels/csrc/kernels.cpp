@@ -50,7 +50,7 @@ const Kernels kernels = {
     {image_layer_forward, image_layer_backward},
     {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward},
     {list_network_forward, list_network_backward},
-    {G2G_JOINED(G2G_ISA, _doubles)::list_network_forward, G2G_JOINED(G2G_ISA, _doubles)::list_network_backward}, unpack,
+    {G2G_JOINED(G2G_ISA, _doubles)::list_network_forward, G2G_JOINED(G2G_ISA, _doubles)::list_network_backward}, unpack, unpack_images,
 };
 
 }  // namespace g2g::G2G_ISA

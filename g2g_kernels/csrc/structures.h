@@ -174,7 +174,8 @@ struct ImageLayer {
     const float* state;       // [samples][N] before the first step; null: zeros
     // the backward pass, of the samples from `first` on, `count` of them, as frames t · count + b − first
     int32_t first, count;
-    const float* grad_spikes;  // [frames][pixels behind the windows][lanes]
+    const float* grad_spikes;  // [frames][pixels behind the windows][lanes]; null: zeros, or
+    const float* grad_sent;   // [steps][samples][channels][pixels behind the windows]
     const float *grad_rates, *grad_last;  // null: zeros
     float* grad_inputs;       // out: [frames][pixels][in_lanes]; null: not wanted; of x, convolution.grad_x
     float *grad_weight, *grad_bias;  // in and out: this is added; null: not wanted

@@ -16,6 +16,7 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.cpu import library
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import WAYS
+from g2g_kernels.ops.g2g_stack.image_layers import UNPACK, PackedImages
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import (
     LIF,
@@ -294,6 +295,18 @@ def test_a_hundred_random_chains_of_images_against_a_loop_in_float64(cost, poiso
 @pytest.mark.parametrize("first", range(100, 300, 50))
 def test_two_hundred_random_networks_against_a_loop_in_float64(first, poisoned):
     assert sum(check(seed, None) for seed in range(first, first + 50)) > 5000
+
+
+@on_cpu
+@pytest.mark.parametrize("channels", [1, 16, 63, 64, 70, 129])
+@pytest.mark.parametrize("pixels", [1, 15, 64, 100])
+def test_words_as_numbers(channels, pixels, poisoned):
+    spikes = torch.rand(2, 3, pixels, channels, generator=seeded(channels + pixels)) < 0.4
+    bits = F.pad(spikes, (0, -channels % 64)).unflatten(3, (-1, 64)).long()
+    words = (bits << torch.arange(64)).sum(4)  # bit 63 is the sign
+    for last in (True, False):
+        found = UNPACK(PackedImages(words, channels, last))
+        assert torch.equal(found, (spikes if last else spikes.mT).float())
 
 
 def stack(*layers, sizes=(2, 8, 8), steps: int = 5, **options) -> SpikingStack:

@@ -23,9 +23,18 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.flops import count_flops
 from g2g_kernels.ops.g2g_conv2d import g2g_conv2d
 from g2g_kernels.ops.g2g_conv2d.cpu import refuses_sizes
-from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes, unpacked_bits
+from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.cpu import refuses_tensors
-from g2g_kernels.ops.g2g_stack.images import Convolution, Images, Pool, Shape, convolved, convolved_shape, pooled_shape
+from g2g_kernels.ops.g2g_stack.images import (
+    Convolution,
+    Images,
+    Pool,
+    Shape,
+    convolved,
+    convolved_shape,
+    pooled_shape,
+    through,
+)
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
@@ -34,12 +43,12 @@ from g2g_kernels.ops.g2g_stack.population import (
     refuses_kernels,
     unread,
 )
-from g2g_kernels.ops.g2g_stack.reference import functions_of
+from g2g_kernels.ops.g2g_stack.reference import PRODUCTS, functions_of, in_turn
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, RecordOperator
 from g2g_kernels.tracing import replaced
 
 #: numbers that a pixel's channels take in what passes between layers are a multiple of this
@@ -293,12 +302,43 @@ class ImageSpikes(Spikes):
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
-        return unpacked(self._words, self._shape[0])
+        return UNPACK(PackedImages(self._words, self._shape[0], last=False)).flatten(2)
 
 
-def unpacked(words: torch.Tensor, channels: int) -> torch.Tensor:
-    """Spikes [T, B, N] of words [T, B, pixels, words]."""
-    return unpacked_bits(words, channels).mT.flatten(2).float()
+class PackedImages(NamedTuple):
+    """Spikes as words [T, B, pixels, words], and how many channels these hold; as numbers these are ``last``,
+    [T, B, pixels, C], or first, [T, B, C, pixels]."""
+
+    words: torch.Tensor
+    channels: int
+    last: bool
+
+    def expected(self) -> Expected:
+        """What the kernel takes for granted."""
+        yield "words", self.words, (*self.words.shape[:3], -(-self.channels // 64)), torch.int64
+
+
+TYPES["PackedImages"] = PackedImages
+
+
+def _numbers(packed: PackedImages) -> tuple[int, ...]:
+    """The shape of these spikes as numbers."""
+    steps, batch, pixels, _ = packed.words.shape
+    return (steps, batch, pixels, packed.channels) if packed.last else (steps, batch, packed.channels, pixels)
+
+
+def _unpack(packed: PackedImages) -> torch.Tensor:
+    words, channels, last = packed
+    (steps, batch, pixels, _), spikes = words.shape, workspace.empty(_numbers(packed))
+    words = words.contiguous()  # which lives until the kernel has read it
+    sizes = steps * batch, pixels, channels, last, torch.get_num_threads()
+    library().g2g_unpack_images(words.data_ptr(), *sizes, spikes.data_ptr())
+    return spikes
+
+
+UNPACK = RecordOperator(
+    "unpack_images", "Tensor", _unpack, lambda packed: packed.words.new_empty(_numbers(packed), dtype=torch.float32)
+)
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
@@ -432,7 +472,7 @@ def _images(call: ImagesCall, of: _Sizes, words: torch.Tensor | None, some: slic
     if words is None:
         return call.x[:, some].reshape(-1, *of.source)
     channels, rows, columns = of.source
-    return unpacked_bits(words[:, some], channels).float().reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
+    return _unpack(PackedImages(words[:, some], channels, last=True)).view(-1, rows, columns, channels).movedim(3, 1)
 
 
 def _options(layer: ImageLayer) -> Convolution:
@@ -464,7 +504,8 @@ def _forward(call: ImagesCall, keep: bool) -> tuple[torch.Tensor, _Each, _Each, 
                 ).contiguous(memory_format=torch.channels_last)
             arguments.current, arguments.convolution.y_last = current.data_ptr(), True
             run(library().g2g_image_layer, arguments)
-    return unpacked(words[-1], sizes[-1].sent[0]), rates, last, [*words, *states, *choices]
+    sent = _unpack(PackedImages(words[-1], sizes[-1].sent[0], last=False)).flatten(2)
+    return sent, rates, last, [*words, *states, *choices]
 
 
 def _shapes(call: ImagesCall, keep: bool) -> list[Output | list[Output]]:
@@ -494,18 +535,14 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     together = _together(call, sizes)
     for first in range(0, batch, together):
         some = min(together, batch - first)
-        received = workspace.empty((steps, some, math.prod(sizes[-1].sent[1:]), sizes[-1].lanes))
-        channels = sizes[-1].sent[0]
-        if grad_spikes is None:
-            received.zero_()
-        else:
-            received[..., :channels] = grad_spikes[:, first : first + some].unflatten(2, (channels, -1)).mT
+        received: torch.Tensor | None = None
         for number in range(count - 1, -1, -1):
             of, layer, grad = sizes[number], call.layers[number], to.layers[number]
             arguments = _arguments(call, of, words[number], first=number == 0)
             arguments.states, arguments.choices = states[number].data_ptr(), pointer(choices[number])
             arguments.first, arguments.count = first, some
-            arguments.grad_spikes = received.data_ptr()
+            arguments.grad_spikes = pointer(received)
+            arguments.grad_sent = pointer(grad_spikes) if number + 1 == count else None
             arguments.grad_rates, arguments.grad_last = pointer(of_layers[number]), pointer(of_layers[count + number])
             arguments.grad_bias, arguments.grad_state = pointer(grad.bias), pointer(grad.state)
             if any([each is not None for each in grad.neurons.parameters]):
@@ -582,27 +619,22 @@ def _together(call: ImagesCall, sizes: Sequence[_Sizes]) -> int:
 
 def _plain(call: ImagesCall) -> list[torch.Tensor]:
     """Spikes, rates and last states by plain operations."""
-    (steps, batch), x = _lead(call), call.x
-    if call.steps:
-        x = x.expand(steps, *x.shape)
-    rates, last = [], []
-    for of in _sizes(call):
-        layer = of.layer
-        if layer.weight is not None:
-            assert layer.convolution is not None
-            images = x.reshape(-1, *of.source)
-            images = F.conv2d(images, layer.weight, layer.bias, *layer.convolution)
-            x = _maxima(images, layer.merge).reshape(steps, batch, -1)
-        x, state = in_steps(x, layer.neurons, None, layer.state)
-        rates.append(x.mean((0, 1)))
-        last.append(state)
-        if layer.pool is not None:
-            x = _maxima(x.reshape(-1, *layer.shape), layer.pool).reshape(steps, batch, -1)
-    return [x, *rates, *last]
+    shape, before = call.source or call.layers[0].shape, ()
+    populations = []
+    for number, layer in enumerate(call.layers):
+        images = Images(shape, before, layer.convolution, None, _of(layer.merge))
+        kind = "pool" if layer.weight is None else "convolution"
+        connection = Connection(kind, layer.weight, None, number - 1, bias=layer.bias, images=images)
+        populations.append(Population(layer.neurons, (connection,), state=layer.state))
+        shape, before = layer.shape, _of(layer.pool)
+    activity = in_turn(Call(call.x, tuple(populations), call.steps or None, spikes=True), PRODUCTS, in_steps)
+    assert activity.states is not None
+    sent = through(Images(shape, before), activity.spikes[-1].dense(), lambda x: x, flat=False)
+    return [sent, *activity.rates, *activity.states]
 
 
-def _maxima(images: torch.Tensor, pool: Pool | None) -> torch.Tensor:
-    return images if pool is None else F.max_pool2d(images, pool.kernel, pool.stride, ceil_mode=pool.ceil)
+def _of(pool: Pool | None) -> tuple[Pool, ...]:
+    return () if pool is None else (pool,)
 
 
 def _flops(call: ImagesCall) -> int:

@@ -175,6 +175,7 @@ def every_call(backend: str, patch: pytest.MonkeyPatch) -> list:
             source = 0
         result = g2g_stack(of_size(3, samples), of_layers, backend=backend)
         (result.counts.sum() + sum(state.sum() for state in result.states)).backward()
+        result.spikes[0].dense()
     if backend == "cpu":  # lists by events
         late = Connection("linear", *weights(1), 0, Delay(1, 2, torch.ones(size, dtype=torch.int64)))
         of_inputs = [Connection("linear", *weights(1), -1, delay, of_size()) for delay in (None, Delay(1, 1))]
@@ -204,7 +205,7 @@ def test_hand_made_calls_are_refused_where_a_kernel_would_read_or_write_outside(
     names = {operator.overload.name() for operator, *_ in every}
     kinds = ("linear", "neurons", "stack", "graph", "images", "loop", "events")
     both = {f"g2g::{kind}_{way}" for kind in kinds for way in ("forward", "backward")}
-    assert names == {*both, "g2g::unpack_spikes"}
+    assert names == {*both, "g2g::unpack_spikes", "g2g::unpack_images"}
     for operator, record, more in every:
         tensors, form = opened(record)
         operator.overload(*arguments(tensors, form), *more)

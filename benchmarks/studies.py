@@ -300,6 +300,7 @@ MEMORIES = {
     "learned delays": "--recurrent --neuron adlif --delay {late} --learn_delay --delay_width 10 "
     "--delay_width_schedule cosine",
     "taps": "--neuron adlif --input_taps {taps}",
+    "taps, reset to zero": "--neuron adlif --reset zero --input_taps {taps}",
 }
 #: what is chosen on held-back images, by as many runs for every row; a membrane that forgets bears a sharper surrogate
 CHOICES = crossed(
@@ -316,10 +317,12 @@ def _memory() -> dict[str, str]:
     for name, taps in (("permuted", 64), ("rows", 28)):
         data = {name: SEQUENCES[name]}
         memories = {memory: flags.format(late=LATE[name], taps=taps) for memory, flags in MEMORIES.items()}
-        last = {"taps": memories["taps"]}
+        last = {memory: flags for memory, flags in memories.items() if "taps" in memory}
         rows |= crossed(data, widths(128, 256), few, memories, CHOICES)
         rows |= crossed(data, widths(128), fewer, last, CHOICES)
         rows |= crossed(data, widths(128, 256), {GRU: f"{WEIGHTS['25 %']} --recurrent --name {GRU}"}, GRU_CHOICES)
+    single = {"one by one": f"{SEQUENCES['permuted']} --sequence_step 1 --chunk 56"}  # pixels, 784 steps
+    rows |= crossed(single, widths(128), fewer, {"taps": MEMORIES["taps"].format(taps=256)}, CHOICES)
     return rows
 
 

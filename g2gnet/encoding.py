@@ -39,6 +39,8 @@ class SampleForm(NamedTuple):
             least, most = float(samples.min()), float(samples.max())
             wanted = next(name for name, kind in KINDS.items() if kind == self.kind)
             how = f"x.to(torch.{wanted})" if isinstance(samples, torch.Tensor) else f"x.astype(np.{wanted})"
+            if (given.kind, self.kind) == ("floats", "uint8"):
+                how = f"{how} of them, times 255 before if they are from 0 to 1"
             raise TypeError(
                 f"samples are {dtype} from {least:g} to {most:g}; the network was trained on {self.kind} "
                 f"{list(self.shape)}: give {CONTENT[self.kind]}, by {how}"

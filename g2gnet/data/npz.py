@@ -121,7 +121,8 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
         else:
             fits, wanted = dtype in (np.uint8, np.float32, np.float64) and len(shape) in DIMENSIONS, SAMPLES
         if not fits or 0 in shape:
-            raise ValueError(f"{name} is {dtype} {list(shape)}; give {wanted}, no axis of size 0")
+            size = ", no axis of size 0" if 0 in shape else ""
+            raise ValueError(f"{name} is {dtype} {list(shape)}; give {wanted}{size}")
     for split in ("train", "test"):
         count, labels = headers[f"{split}_images"][0][0], headers[f"{split}_labels"][0][0]
         if count != labels:

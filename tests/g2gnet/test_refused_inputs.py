@@ -120,7 +120,10 @@ WRONG_TYPES = [
     (lambda: net_of().predict([[0.5] * 30]), "samples are a list; give an array or a tensor"),
     (lambda: net_of().predict(np.zeros((3, 30), int)), "samples are int64; give uint8 images, floats, or counts of ev"),
     (lambda: net_of().predict(torch.zeros(3, 30).bool()), "samples are bool"),
-    (lambda: predict(np.float32([range(30)])), r"from 0 to 29; .* uint8 \[3, 2, 5\]: give .*x.astype\(np.uint8"),
+    (
+        lambda: predict(np.float32([range(30)])),
+        r"uint8 \[3, 2, 5\]: give .*x.astype\(np.uint8\) of them, times 255 before",
+    ),
     (lambda: predict(torch.ones(2, 30).short()), r"int16 from 1 to 1; .* from 0 to 255, by x.to\(torch.uint8"),
     (lambda: predict(torch.ones(2, 30).byte(), (30,), "floats"), "floats scaled as those, by .*float32"),
     (lambda: predict(np.ones((2, 30)), (3, 10), "counts"), r"float64 .* counts of events, by x.astype\(np.int16"),

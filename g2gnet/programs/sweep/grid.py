@@ -87,8 +87,8 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
     """The runs of a grid, one per combination of its values, in the order of the seeds.
 
     A run's folder is found by the settings that differ from the defaults, so a grid that grows keeps its finished runs.
-    Raises SettingsError for an unknown name, a setting without a value, invalid settings, or two equal runs, and
-    DataError if a file of data or of weights cannot be read.
+    Raises SettingsError for an unknown name, a setting without a value, invalid settings, two equal runs, or several
+    values of a setting that has an effect in no run, and DataError if a file of data or of weights cannot be read.
     """
     kinds, values = types_of(TrainSettings), {}
     for name, given in grid.items():
@@ -114,6 +114,12 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
         if digest in runs:  # such as a number and its default; they would count as two runs in a mean
             raise SettingsError(f"{runs[digest].label} and {run.label} make the same run; leave one of them out")
         runs[digest] = run
+    for name in values:
+        idle = [TrainSettings.idle(vars(run.settings)) for run in runs.values()]
+        if len(values[name]) > 1 and all(name in each for each in idle):
+            need = idle[-1][name]
+            why = f"has several values, but no effect {need.unmet(vars(run.settings))}"
+            raise SettingsError(f"{name} {why}; {need.remedy()}, or one value")
     return list(runs.values())
 
 

@@ -73,6 +73,7 @@ def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path
         ({"seed": []}, "seed has no value"),
         ({3: 1}, "3 is not a setting"),
         ({"seed": [1, 2, 1]}, "seed=1 and seed=1 make the same run; leave one of them out"),
+        ({"p_inter": [0.1, 0.3], "model": "dense"}, "p_inter has several values, but no effect with model=dense; give"),
         ({"threshold": [None, 1.0]}, "threshold=None and threshold=1.0 make the same run; leave one of them out"),
         ({"seed": "one"}, "seed='one' must be a whole number"),
         ({"average": "nil"}, "average='nil' must be a whole number of at least 2"),

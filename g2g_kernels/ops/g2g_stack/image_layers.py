@@ -619,7 +619,7 @@ def _together(call: ImagesCall, sizes: Sequence[_Sizes]) -> int:
 
 def _plain(call: ImagesCall) -> list[torch.Tensor]:
     """Spikes, rates and last states by plain operations."""
-    shape, before = call.source or call.layers[0].shape, ()
+    shape, before = call.source or call.layers[0].shape, _of(None)
     populations = []
     for number, layer in enumerate(call.layers):
         images = Images(shape, before, layer.convolution, None, _of(layer.merge))

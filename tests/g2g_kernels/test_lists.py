@@ -232,12 +232,16 @@ def test_the_graph_of_chunks_keeps_no_dense_spikes(monkeypatch):
     joined = Projection.from_edges("a", "a", each, each.flip(0), 0.1, 2, sizes=(size, size))
     inputs = Projection.from_edges("input", "a", [0], [0], 1.0, sizes=(1, size))
     net = SpikingNetwork({"a": LIF(size)}, [*inputs, *joined], "a")
+
+    def dense_bytes() -> int:  # a function, whose lists do not outlive it
+        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.layout == torch.strided]
+        storages = [each.untyped_storage() for each in alive]
+        return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
     for steps in (2 * chunk, 6 * chunk):
         activity = net.simulate(torch.ones(steps, batch, 1), chunk=chunk)
         assert activity.counts.requires_grad
-        alive = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.layout == torch.strided]
-        storages = [each.untyped_storage() for each in alive]
-        held.append(sum({each.data_ptr(): each.nbytes() for each in storages}.values()))
+        held.append(dense_bytes())
     assert held[1] - held[0] < 4 * 4 * chunk * batch * size / 2  # of four chunks more, half their dense spikes
 
 

@@ -63,7 +63,8 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
         size = min(chunk, total - first)
         part, held = (call.x[first : first + size], None) if call.steps is None else (call.x, size)
         of_part = replaced(call, x=part, populations=populations, steps=held, before=before, carried=True)
-        again = not (truncated or call.plain or torch.compiler.is_compiling())
+        ends = first + size == total_steps(call)  # what it keeps is used first, and would be computed again at once
+        again = not (ends or truncated or call.plain or torch.compiler.is_compiling())
         activity = _recomputed(of_part, run) if again else run(of_part)
         assert activity.states is not None
         *sent, of_inputs = activity.sent or (None,) * (len(populations) + 1)

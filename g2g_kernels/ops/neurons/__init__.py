@@ -138,8 +138,9 @@ def adlif(
         none:      U_t = clamp(β, 0, 1)·V_{t−1} + I_t − w_t,            V = U
 
     This is the adaptive neuron of Bittar and Garner (2022), whose reset is by subtraction. Reset to zero discharges the
-    membrane before the step, so that neither U nor w sees what was in it. The gradient passes through b·S_{t−1} by the
-    surrogate, and not through R.
+    membrane before the step, so that neither U nor w sees what was in it. That is SE-adLIF, the symplectic Euler
+    rule of Baronig et al. (2024): I_t is their current times 1 − β, and a and b are theirs times (1 − β)(1 − ρ). The
+    gradient passes through b·S_{t−1} by the surrogate, and not through R.
 
     Args:
         adapt_decay: decay ρ of the adaptation w per step, a scalar or [N].

@@ -10,7 +10,7 @@ from helpers import ErrorRatios, device_of, rms, seeded
 from neuron_cases import BACKENDS, SNNTORCH, by_snntorch, currents, every_backend, output_weights, served
 from stack_cases import Stack, loss, results, stacks_on
 
-from g2g_kernels import Neurons, adlif_step, cubalif, g2g_stack, lif_step, neurons, neurons_step, synaptic_step
+from g2g_kernels import Neurons, adlif, adlif_step, cubalif, g2g_stack, lif_step, neurons, neurons_step, synaptic_step
 from g2g_kernels.dispatch import BackendError
 from g2g_kernels.ops.g2g_stack import cpu as stack_on_cpu
 from g2g_kernels.ops.neurons import RESETS, run_neurons
@@ -324,6 +324,26 @@ def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
     assert all(found[name].all() for name in free)
     inside = tensors | {name: tensors[name].clamp(0, 1) for name in decays}
     assert torch.equal(found["spikes"], outcome(on(backend, model, "subtract", "atan"), inside)["spikes"])
+
+
+@every_backend
+def test_adaptive_neurons_that_reset_to_zero_are_those_of_the_symplectic_euler_rule(backend):
+    """SE-adLIF as Baronig et al. (2024) write it: the adaptation from the new membrane, after the reset."""
+    steps, alpha, beta, a, b = 200, 0.9, 0.98, 3.0, 5.0
+    current = 3 * torch.randn(steps, 3, 7, generator=seeded(0)) + 2
+    membrane = adaptation = torch.zeros(3, 7, dtype=torch.float64)
+    expected = []
+    for each in current.double():
+        membrane = alpha * membrane + (1 - alpha) * (each - adaptation)
+        spikes = (membrane > 1).double()
+        membrane = membrane * (1 - spikes)
+        adaptation = beta * adaptation + (1 - beta) * (a * membrane + b * spikes)
+        expected.append(spikes)
+    share = (1 - alpha) * (1 - beta)
+    on = current.to(device_of(backend))
+    found = adlif((1 - alpha) * on, beta, alpha, share * a, share * b, 1.0, reset="zero", backend=backend)
+    assert torch.stack(expected).sum() > 100
+    assert torch.equal(found.cpu().double(), torch.stack(expected))
 
 
 @pytest.mark.ci

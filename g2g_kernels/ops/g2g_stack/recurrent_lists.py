@@ -247,15 +247,18 @@ def _outputs(call: LoopCall, keep: bool) -> list[Output]:
     return [Output(call.shape), Output(call.state_shape), Output(words, torch.int64), Output(states)]
 
 
+def _now(given: torch.Tensor, t: int) -> torch.Tensor:
+    """Of a current [T, B, N], or [B, N] that is held."""
+    return given if given.dim() == 2 else given[t]
+
+
 def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
     population, recurrent, state = call.population, call.recurrent, call.population.state
     sent, spikes = [None] * call.delay if population.sent is None else [*population.sent], []
     for t in range(call.shape[0]):
         arriving = sent[t]
-        current, to_membrane = [
-            each if each is None or each.dim() == 2 else each[t] for each in (call.current, call.to_membrane)
-        ]
-        to_membrane = None if to_membrane is None else to_membrane[None]
+        current, to_membrane = _now(call.current, t), call.to_membrane
+        to_membrane = None if to_membrane is None else _now(to_membrane, t)[None]
         if arriving is not None:
             current = current + linear.g2g_linear(arriving, recurrent.values, recurrent.mask, None)
         now, state = in_steps(current[None], population.neurons, None, state, to_membrane=to_membrane)

@@ -211,8 +211,9 @@ class Operator:
         if name is None or way is None:
             forced = forced_backend(backend)
             asked = f"backend {forced!r} cannot serve" if forced else "no backend serves"
-            general_first = dict(reversed(reasons.items()))  # what plain PyTorch lacks, the caller has to change
-            raise BackendError(f"{asked} this call of {self.name}: {'; '.join(listed(general_first))}")
+            if not forced:
+                reasons = dict(reversed(reasons.items()))  # what plain PyTorch lacks, the caller has to change
+            raise BackendError(f"{asked} this call of {self.name}: {'; '.join(listed(reasons))}")
         if not is_traced():
             _log_choice(self.name, name, way.name, tuple(reasons.items()))
         return Choice(self.name, way, reasons)

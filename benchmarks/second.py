@@ -232,13 +232,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for name, (_, threads, *_) in CONTENDERS.items():  # one after the other, since each fills the memory
             (racer,) = race([Racer(name, session, (name, given), {"name": name, "threads": threads}, check)],
                             arguments.repeats, 1)  # fmt: skip
-            racer.run |= {
-                "status": racer.status,
-                "reason": racer.reason,
-                "seconds": [round(t, 4) for t in racer.seconds],
-            }
-            racer.run |= {"peak_bytes": racer.peak_bytes}
-            runs.append(racer.run)
+            outcome = {"status": racer.status, "reason": racer.reason, "peak_bytes": racer.peak_bytes}
+            runs.append(racer.run | outcome | {"seconds": [round(t, 4) for t in racer.seconds]})
     return {"benchmark": "brain_second", "runs": runs}
 
 

@@ -11,7 +11,7 @@ from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.g2g_conv2d import pair_of
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
-from g2gnet.layers import SparseLayer
+from g2gnet.layers import SparseLayer, checked_mask
 
 #: one number for both axes of an image, two, or one of PyTorch's names of a padding
 Size = int | Sequence[int]
@@ -188,8 +188,7 @@ class MaskedConv2d(SparseLayer, G2GConv2d):
         backend: str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        if not isinstance(mask, BlockMask):
-            raise TypeError(f"mask is {type(mask).__name__}; give a BlockMask, as BlockMask.from_dense makes of bool")
+        mask = checked_mask(mask)
         options = _checked(in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         if mask.shape != (out_channels, in_channels // groups):
             raise ValueError(

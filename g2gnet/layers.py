@@ -59,6 +59,14 @@ class StepObserver(Protocol):
         """The dense weight is read."""
 
 
+def checked_mask(mask: object, otherwise: str = "") -> BlockMask:
+    """The mask of a layer; TypeError for what is none, with what to do ``otherwise``."""
+    if not isinstance(mask, BlockMask):
+        give = "give a BlockMask (BlockMask.sample draws one, from_dense takes bool)"
+        raise TypeError(f"mask is {type(mask).__name__}; {give}{otherwise}")
+    return mask
+
+
 class SparseLayer(PackedWeights):
     """A layer whose weights are the units of a mask, each weight a number or a kernel of numbers.
 
@@ -162,11 +170,7 @@ class G2GLinear(SparseLayer):
     def __init__(
         self, mask: BlockMask, bias: bool = True, backend: str | None = None, generator: torch.Generator | None = None
     ) -> None:
-        if not isinstance(mask, BlockMask):
-            raise TypeError(
-                f"mask is {type(mask).__name__}; give a BlockMask (BlockMask.sample draws one, from_dense takes "
-                "bool), or have every weight: G2GLinear.from_linear(nn.Linear(in_features, out_features))"
-            )
+        mask = checked_mask(mask, ", or have every weight: G2GLinear.from_linear(nn.Linear(in_features, out_features))")
         device = mask.unit_row.device
         super().__init__(mask, nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device)))
         self.backend = backend

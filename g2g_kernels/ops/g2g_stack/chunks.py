@@ -55,7 +55,8 @@ class SparseSteps:
 def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated: bool = False) -> Activity:
     """The activity of ``run`` over all steps, ``chunk`` of them at a time (the last may be shorter); ``truncated``: no
     gradient passes from one to the one before it, and none is computed again."""
-    done: list[tuple[tuple[Spikes, ...], tuple[torch.Tensor | None, ...] | None]] = []
+    spikes: list[tuple[Spikes, ...]] = []
+    membranes: list[tuple[torch.Tensor | None, ...] | None] = []
     populations, before, total = call.populations, call.before, total_steps(call)
     counts: Any = 0
     rates: list[Any] = [0] * len(populations)
@@ -63,7 +64,7 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
         size = min(chunk, total - first)
         part, held = (call.x[first : first + size], None) if call.steps is None else (call.x, size)
         of_part = replaced(call, x=part, populations=populations, steps=held, before=before, carried=True)
-        ends = first + size == total_steps(call)  # what it keeps is used first, and would be computed again at once
+        ends = first + size == total  # what it keeps is used first, and would be computed again at once
         again = not (ends or truncated or call.plain or torch.compiler.is_compiling())
         activity = _recomputed(of_part, run) if again else run(of_part)
         assert activity.states is not None
@@ -81,8 +82,8 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
         )
         counts = counts + activity.counts  # chunk by chunk, since of a wide network all of them would be large
         rates = [of_all + size / total * each for of_all, each in zip(rates, activity.rates)]  # noqa: B905
-        done.append((activity.spikes, activity.membranes))
-    spikes, membranes = zip(*done)  # noqa: B905
+        spikes.append(activity.spikes)
+        membranes.append(activity.membranes)
     return Activity(
         counts=counts,
         rates=tuple(rates),

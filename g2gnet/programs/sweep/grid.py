@@ -114,11 +114,12 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
         if digest in runs:  # such as a number and its default; they would count as two runs in a mean
             raise SettingsError(f"{runs[digest].label} and {run.label} make the same run; leave one of them out")
         runs[digest] = run
+    every = [vars(run.settings) for run in runs.values()]
+    idle = [TrainSettings.idle(each) for each in every]
     for name in values:
-        idle = [TrainSettings.idle(vars(run.settings)) for run in runs.values()]
         if len(values[name]) > 1 and all(name in each for each in idle):
-            need = idle[-1][name]
-            why = f"has several values, but no effect {need.unmet(vars(run.settings))}"
+            need = idle[0][name]
+            why = f"has several values, but no effect {need.unmet(every[0])}"
             raise SettingsError(f"{name} {why}; {need.remedy()}, or one value")
     return list(runs.values())
 

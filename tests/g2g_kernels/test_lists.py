@@ -225,7 +225,8 @@ def test_a_run_in_parts_and_in_chunks_is_the_whole_run(monkeypatch, model, param
     assert any(isinstance(each, torch.Tensor) for each in packed)
 
 
-def test_the_graph_of_chunks_keeps_no_dense_spikes(monkeypatch):
+@pytest.mark.parametrize("truncate", [None, 50])
+def test_the_graph_of_chunks_keeps_no_dense_spikes(monkeypatch, truncate):
     for name in ("WIDE", "LARGE", "SPARSE"):
         monkeypatch.setattr(chunks, name, 1)
     each, size, batch, chunk, held = torch.arange(4096), 4096, 4, 50, []
@@ -239,7 +240,7 @@ def test_the_graph_of_chunks_keeps_no_dense_spikes(monkeypatch):
         return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
 
     for steps in (2 * chunk, 6 * chunk):
-        activity = net.simulate(torch.ones(steps, batch, 1), chunk=chunk)
+        activity = net.simulate(torch.ones(steps, batch, 1), chunk=chunk, truncate=truncate)
         assert activity.counts.requires_grad
         held.append(dense_bytes())
     assert held[1] - held[0] < 4 * 4 * chunk * batch * size / 2  # of four chunks more, half their dense spikes

@@ -64,7 +64,8 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
         size = min(chunk, total - first)
         part, held = (call.x[first : first + size], None) if call.steps is None else (call.x, size)
         of_part = replaced(call, x=part, populations=populations, steps=held, before=before, carried=True)
-        ends = first + size == total  # what it keeps is used first, and would be computed again at once
+        # what the last chunk keeps is used first, and would be computed again at once; others follow those of a part
+        ends = first + size == total and not call.carried
         again = not (ends or truncated or call.plain or torch.compiler.is_compiling())
         activity = _recomputed(of_part, run) if again else run(of_part)
         assert activity.states is not None

@@ -82,13 +82,13 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call, truncated
             ]
         )
         counts = counts + activity.counts  # chunk by chunk, since of a wide network all of them would be large
-        rates = [of_all + size / total * each for of_all, each in zip(rates, activity.rates)]  # noqa: B905
+        rates = [of_all + size / total * each for of_all, each in zip(rates, activity.rates, strict=True)]
         spikes.append(activity.spikes)
         membranes.append(activity.membranes)
     return Activity(
         counts=counts,
         rates=tuple(rates),
-        spikes=tuple([ChunkedSpikes(of_population, chunk) for of_population in zip(*spikes)]),  # noqa: B905
+        spikes=tuple([ChunkedSpikes(of_population, chunk) for of_population in zip(*spikes, strict=True)]),
         states=activity.states,
         membranes=_joined(membranes),
         sent=activity.sent,

@@ -28,6 +28,7 @@ def accuracy(trial):
     return (net.predict(images[held_out]).classes == labels[held_out]).float().mean().item()
 
 
+# for a search that goes on where it ended: study_name="g2g", storage="sqlite:///search.db", load_if_exists=True
 study = optuna.create_study(direction="maximize")
 study.optimize(accuracy, n_trials=10)
 print(study.best_params, study.best_value)

@@ -122,8 +122,8 @@ def c_texts(of: PlainNetwork, integers: IntegerNetwork | None, prefix: str, head
         "sample": of.inputs * (1 if of.held else of.steps), "outputs": of.populations[of.output].size,
         "of_sample": "held for all steps" if of.held else "step by step", "of_answer": ANSWERS[of.readout],
         "input_type": "float" if bits is None else "int16_t", "value_type": "float" if bits is None else "int32_t",
-        "of_input": "as the network takes it" if integers is None
-        else f"one counts {integers.input_scale:.9g}; from -{LARGEST_INPUT} to {LARGEST_INPUT}",
+        "input_scale": "1.0f" if integers is None else f"{integers.input_scale:.9e}f",
+        "of_input": "as the network takes it" if integers is None else f"from -{LARGEST_INPUT} to {LARGEST_INPUT}",
         "of_value": "float32" if bits is None else "in fixed point",
         "weight": "NIBBLE(by->weights, at)" if bits == 4 else "by->weights[at]",
         "scales": "" if bits is None else f"\n    {scales}",

@@ -191,7 +191,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         except UNFIT as error:
             remedy = f"It was not changed; move it away, or give {files.elsewhere}."
             raise CheckpointError(f"{path} does not fit the network it names ({error}). {remedy}") from error
-        say(f"resuming {path} after epoch {trainer.epoch}, step {trainer.step}")
+        say(f"resuming {path} after epoch {trainer.epoch}, step {trainer.step} of the run")
         if unsaved:
             self.world.first(lambda: files.save_best(state))
         if differing and self.world.leads:

@@ -81,7 +81,7 @@ class SavedRun:
     def position(self) -> str:
         """When the network was saved, as text."""
         if self.interrupted:
-            return f"inside epoch {self.epoch + 1} of {self.settings.epochs}, after step {self.step}"
+            return f"inside epoch {self.epoch + 1} of {self.settings.epochs}, after step {self.step} of the run"
         return f"after epoch {self.epoch} of {self.settings.epochs}"
 
     @_as_trained()

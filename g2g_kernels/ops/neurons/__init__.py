@@ -58,8 +58,7 @@ def lif(
         current: [T, ..., N]; with ``steps``, the number T of time steps, one [..., N] that is held for all of them.
         beta, threshold: the membrane's decay per step and θ, each a scalar or [N].
         reset: ``"subtract"``, ``"zero"`` or ``"none"``.
-        surrogate, alpha: the stand-in for dS/dU, ``"atan"``, ``"fast_sigmoid"``, ``"sigmoid"``, ``"triangle"`` or
-            ``"boxcar"``, and its sharpness, above 0.
+        surrogate, alpha: the stand-in for dS/dU, a name of :data:`SURROGATES`, and its sharpness, above 0.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Returns:

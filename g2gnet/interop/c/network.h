@@ -8,6 +8,7 @@
 #define ${PREFIX}_SAMPLE $sample /* values of a sample: $of_sample */
 #define ${PREFIX}_OUTPUTS $outputs
 #define ${PREFIX}_STEPS $steps
+#define ${PREFIX}_INPUT_SCALE $input_scale /* what an input of 1 counts in the network */
 
 typedef $input_type ${prefix}_input; /* $of_input */
 typedef $value_type ${prefix}_value; /* $of_value */

@@ -234,7 +234,7 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
         parts.append(heading(3, "Each run"))
     parts.append(table(header, [(label, *result.values()) for label, result in results.items()]))
     parts.append(heading(3, "Settings that differ"))
-    header = ["setting", *(label.partition(":")[0] for label in settings)]
+    header = ["setting", *map(_number, settings)]
     rows = [(name, *(_shown(values.get(name)) for values in settings.values())) for name in differing]
     parts.append(table(header, rows) if differing else paragraph("None."))
     curves = figures.training_curves({label: [each.run.history for each in runs] for label, runs in groups.items()})
@@ -327,8 +327,13 @@ def _labels(runs: Sequence[SavedRun]) -> list[str]:
     return [f"{number}: {text}" for number, text in enumerate(texts, 1)]
 
 
+def _number(label: str) -> str:
+    """Of the run that has this label."""
+    return label.partition(":")[0]
+
+
 def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
-    """The runs that differ only in seed and name, by the other settings that differ, or by number if these are many."""
+    """The runs that differ only in seed and name, by number and the other settings that differ, if these are few."""
     shown = [name for name in _differing([each.run for each in inspected.values()]) if name not in ("seed", "name")]
     groups: dict[str, list[str]] = {}
     for label, each in inspected.items():
@@ -340,4 +345,6 @@ def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
         groups.setdefault(text, []).append(label)
     if max(map(len, groups)) > LONGEST:
         groups = {"; ".join(labels): labels for labels in groups.values()}
+    else:
+        groups = {f"{', '.join(map(_number, labels))}: {text}": labels for text, labels in groups.items()}
     return {text: [inspected[label] for label in labels] for text, labels in groups.items()}

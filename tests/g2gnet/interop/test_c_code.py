@@ -219,6 +219,7 @@ def test_single_weights_take_a_byte_for_their_place_and_blocks_less(tmp_path):
         assert bytes_of(header.read_text()) <= 256 * (5 * 4 + 2) + 8
         lines = [line for line in code.read_text().splitlines() if not re.match(r"    -?\d", line)]
         assert len(lines) <= 250
+        assert "#define G2G_INPUT_SCALE 3.921568627e-03f " in header.read_text()
 
 
 @needs_compiler

@@ -88,7 +88,7 @@ def test_fewer_samples_and_an_interrupted_run_are_analysed(checkpoint, tmp_path,
     inside = rewrite(checkpoint, tmp_path / "c.pth", epoch=0, history=[], step=3, progress={})
     assert analyze.main([str(inside), "--samples", "30", "--json", str(tmp_path / "a.json")]) == 0
     printed = capsys.readouterr().out
-    assert "mixer on fashionmnist-mini, inside epoch 1 of 2, after step 3\n" in printed
+    assert "mixer on fashionmnist-mini, inside epoch 1 of 2, after step 3 of the run\n" in printed
     written = json.loads((tmp_path / "a.json").read_text())
     assert (written["epoch"], written["step"], written["interrupted"]) == (0, 3, True)
     net, data = read_run(inside).network(), load_dataset("fashionmnist-mini")

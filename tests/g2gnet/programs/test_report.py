@@ -426,7 +426,10 @@ def test_accuracies_of_an_interrupted_run_are_not_those_of_its_network(checkpoin
     changes = {"epoch": 1, "history": read_run(checkpoints["mixer"]).history[:1]}
     inside = rewrite(checkpoints["mixer"], tmp_path / "run.pth", step=6, progress={}, **changes)
     text = reported(inside, rewrite(checkpoints["mixer"], tmp_path / "other.pth", step=4, **changes))
-    assert "The run was stopped inside epoch 2 of 2, after step 6. Accuracies, loss and seconds are those up to" in text
+    assert (
+        "The run was stopped inside epoch 2 of 2, after step 6 of the run. Accuracies, loss and seconds are those up to"
+        in text
+    )
     assert f"the run's own accuracy after epoch 1, on all 100: {changes['history'][0]['test_acc']:.4f}" in text
     assert "1, interrupted" in text
     assert "Mean ± standard error" not in text  # of networks after different steps

@@ -59,7 +59,7 @@ def test_a_network_from_inside_an_epoch_is_named_by_its_step(tmp_path, monkeypat
     assert_equal(dict(net.state_dict()), dict(load(files)["model"]))
     g2gnet.load(files.previous)  # of the end of the first epoch
     (message,) = caplog.messages
-    said = "was saved inside epoch 2 of 3, after step 6: no accuracy in its history is that of this"
+    said = "was saved inside epoch 2 of 3, after step 6 of the run: no accuracy in its history is that of this"
     assert message.startswith(f"{files.checkpoint} {said}")
 
 

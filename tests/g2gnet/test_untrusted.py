@@ -132,6 +132,7 @@ for directory in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit on memory is Linux's")
 def test_crafted_checkpoints_are_refused_for_a_reason_within_a_gigabyte(tmp_path):
     files = run(tmp_path / "run")

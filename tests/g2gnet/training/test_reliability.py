@@ -241,6 +241,7 @@ def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.ci
 def test_a_full_disk_is_named_and_costs_no_checkpoint(tmp_path):
     """A limit on the size of files stands for the full disk: the checkpoint of the third epoch does not fit."""
     program = f"""

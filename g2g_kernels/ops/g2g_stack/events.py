@@ -3,7 +3,7 @@
 visits, and spikes stay lists (``csrc/list_network.h``). They take float32 or float64.
 
 Gradients are computed of ``cubalif`` neurons whose surrogate is compact, by gradient events: the steps in which a
-neuron's surrogate derivative is not 0. The forward pass keeps these with their U − θ, and spikes, but no states
+neuron's surrogate derivative is not 0. The forward pass keeps these with that derivative, and spikes, but no states
 (``csrc/list_gradients.h``).
 """
 
@@ -402,7 +402,7 @@ _Each = list[torch.Tensor]
 #: counts [B, N] of the output; of each population rates [N] and the states after the last step [states, B, N]; the
 #: spikes of its last steps [tail, B, N] and the membranes [T, B, n] where they are wanted; and kept of each: how many
 #: spikes each sample has in each step, int32 [B, T], and the neurons of these in order, int32; then the same of
-#: gradient events, with U − θ
+#: gradient events, with their surrogate derivative
 Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 
@@ -417,7 +417,7 @@ def _listed(call: EventsCall, handle: int, number: int, valued: bool) -> list[to
     rest = iter(values.split(sizes)) if valued else None
     for each, to, part in of_samples:
         address = rest and next(rest).data_ptr()
-        library().g2g_spikes_copy(handle, each, to.data_ptr(), part.data_ptr(), address)
+        library().g2g_spikes_take(handle, each, to.data_ptr(), part.data_ptr(), address)
     return [counts, neurons, values] if valued else [counts, neurons]
 
 
@@ -441,6 +441,8 @@ def _forward(call: EventsCall, keep: bool) -> Outputs:
     finally:
         for handle in handles:
             library().g2g_spikes_free(handle)
+    for (*_, excess), population in zip(kept[count:], call.populations, strict=False):
+        excess.copy_(SURROGATES[population.neurons.surrogate].derivative(excess, population.neurons.alpha))
     spikes = [
         EventSpikes(counts, neurons, size_of(population), call.x.new_empty(0))
         for (counts, neurons, *_), population in zip(kept, call.populations, strict=False)
@@ -476,17 +478,16 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     for number, (population, place) in enumerate(zip(call.populations, arguments.populations, strict=True)):
         _check_listed(f"population {number}", size_of(population), *spikes[number])
         _check_listed(f"population {number}", size_of(population), *events[number])
-        slopes = SURROGATES[population.neurons.surrogate].derivative(events[number][2], population.neurons.alpha)
         of_spikes = of_counts if number + 1 == count else None
         if (of_rates := of_results[number]) is not None:
             of_rates = (of_rates / (call.steps * call.batch)).expand(call.batch, -1)
             of_spikes = of_rates.contiguous() if of_spikes is None else of_spikes + of_rates
         place.spike_counts, place.spike_neurons = [each.data_ptr() for each in spikes[number]]
         place.event_counts, place.event_neurons = [each.data_ptr() for each in events[number][:2]]
-        place.slopes, place.grad_rates = slopes.data_ptr(), pointer(of_spikes)
+        place.slopes, place.grad_rates = events[number][2].data_ptr(), pointer(of_spikes)
         place.grad_last, place.tail_steps = pointer(of_results[count + number]), call.tails[number]
         place.grad_tail = pointer(next(tails)) if call.tails[number] else None
-        outlive += slopes, of_spikes
+        outlive.append(of_spikes)
     run(library().g2g_list_network, arguments.network, backward=True)
     names = {id(tensor): name for name, tensor, *_ in call.expected()}
     for tensor, grad in zip(opened(call)[0], grads, strict=True):

@@ -51,6 +51,8 @@ from g2g_kernels.tracing import is_traced, replaced
 #: fields that the kernels do not read
 UNREAD = unread([name for name in (*Population._fields, *Connection._fields) if name != "images"])
 NO_GRADIENT = "gives membranes no gradient; call under torch.no_grad() if none is needed"
+#: gradient events whose derivatives are computed at a time, in cache
+PART = 1 << 14
 #: what ``G2G_CPU_NEURONS`` makes of ``VISIT_COST``
 FORCED = {"reached": 0.0, "all": float("inf")}
 
@@ -442,7 +444,8 @@ def _forward(call: EventsCall, keep: bool) -> Outputs:
         for handle in handles:
             library().g2g_spikes_free(handle)
     for (*_, excess), population in zip(kept[count:], call.populations, strict=False):
-        excess.copy_(SURROGATES[population.neurons.surrogate].derivative(excess, population.neurons.alpha))
+        for part in excess.split(PART):
+            part.copy_(SURROGATES[population.neurons.surrogate].derivative(part, population.neurons.alpha))
     spikes = [
         EventSpikes(counts, neurons, size_of(population), call.x.new_empty(0))
         for (counts, neurons, *_), population in zip(kept, call.populations, strict=False)

@@ -246,8 +246,8 @@ class SpikingNetwork(PopulationGraph):
     ) -> Activity:
         """Runs the network on inputs [B, D] held for T steps, or [T, B, D].
 
-        Inputs over time may be a sparse COO tensor without gradient, of input events: a large one is made dense some
-        steps at a time, and the run is one in chunks.
+        Inputs over time may be a sparse COO tensor without gradient, of input events. Networks in lists that run by
+        events take them as they are. Elsewhere a large one is made dense some steps at a time, as a run in chunks.
 
         A run may start from a state and gives the last one, in the form of :meth:`step`: two halves in turn are the
         whole, with gradients through the state. If that is detached, this is truncated backpropagation.

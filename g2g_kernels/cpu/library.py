@@ -135,7 +135,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_spikes_new": (c_void_p, [c_int64]),
         "g2g_spikes_free": (None, [c_void_p]),
         "g2g_spikes_count": (c_int64, [c_void_p, c_int64]),
-        "g2g_spikes_copy": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_void_p]),
+        "g2g_spikes_take": (None, [c_void_p, c_int64, c_void_p, c_void_p, c_void_p]),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
         "g2g_unpack_images": (None, [c_void_p, c_int64, *[_Int32] * 4, c_void_p]),
     }

@@ -254,12 +254,15 @@ G2G_EXPORT void g2g_spikes_free(Spikes* spikes) { delete spikes; }
 G2G_EXPORT int64_t g2g_spikes_count(const Spikes* spikes, int64_t number) {
     return static_cast<int64_t>(spikes->of[number].neurons.size());
 }
-// counts [T], neurons [count]; values [count] of gradient events, else null.
-G2G_EXPORT void g2g_spikes_copy(const Spikes* spikes, int64_t number, int32_t* counts, int32_t* neurons, char* values) {
-    const SampleSpikes& of = spikes->of[number];
-    std::copy(of.counts.begin(), of.counts.end(), counts);
-    std::copy(of.neurons.begin(), of.neurons.end(), neurons);
-    if (values) std::copy(of.values.begin(), of.values.end(), values);
+// Moves them to counts [T], neurons [count] and, of gradient events, values [count], else null. Each list is freed before the next one.
+G2G_EXPORT void g2g_spikes_take(Spikes* spikes, int64_t number, int32_t* counts, int32_t* neurons, char* values) {
+    SampleSpikes& of = spikes->of[number];
+    const auto take = [](auto& list, auto* to) {
+        std::copy(list.begin(), list.end(), to);
+        std::remove_reference_t<decltype(list)>().swap(list);
+    };
+    take(of.counts, counts), take(of.neurons, neurons);
+    if (values) take(of.values, values);
 }
 
 // pass: 0 forward, 1 backward.

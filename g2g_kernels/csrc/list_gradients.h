@@ -18,20 +18,6 @@
 
 namespace g2g::G2G_ISA {
 
-// Neurons by step, of one sample.
-struct Steps {
-    const int32_t* neurons;
-    std::vector<int64_t> first;  // [T + 1]
-
-    Steps(const int32_t* counts, const int32_t* all, int64_t sample, int64_t steps) : neurons(all), first(steps + 1) {
-        for (int64_t i = 0; i < sample * steps; ++i) neurons += counts[i];
-        for (int64_t t = 0; t < steps; ++t) first[t + 1] = first[t] + counts[sample * steps + t];
-    }
-    int64_t offset(const int32_t* all) const { return neurons - all; }
-    int64_t count(int64_t t) const { return first[t + 1] - first[t]; }
-    const int32_t* at(int64_t t) const { return neurons + first[t]; }
-};
-
 // Sums over some samples: where null, none is wanted.
 struct Sums {
     struct OfConnection {
@@ -252,6 +238,7 @@ class BackwardRun {
     const NetworkCall& call;
     const ListNetwork& a = call.a;
     const int64_t sample;
+    const InputEvents inputs{a, sample};
     Sums& sums;
     std::vector<Visited> visited;  // of each connection
     Sent sent;
@@ -285,12 +272,17 @@ class BackwardRun {
             return;
         }
         sent.read(row, size);
+        visit_sent(c, delay);
+    }
+    void visit_sent(int32_t c, int32_t delay) {
+        const int64_t* const delays = a.connections[c].delays;
         for (size_t i = 0; i < sent.neurons.size(); ++i)
-            if (const int32_t n = sent.neurons[i]; !each.delays || each.delays[n] == delay) visited[c].visit(n, sent.size(i), false);
+            if (const int32_t n = sent.neurons[i]; !delays || delays[n] == delay) visited[c].visit(n, sent.size(i), false);
     }
 
     void visit_inputs(int32_t c, int32_t t, int32_t delay) {
         const int32_t then = t - delay;
+        if (then >= 0 && a.input_counts) return inputs.read(then, sent), visit_sent(c, delay);
         const int64_t number = then < 0 ? int64_t{a.before_steps} + then : a.held ? 0 : then;
         if (number < 0) return;
         const int64_t at = (number * a.samples + sample) * a.inputs;

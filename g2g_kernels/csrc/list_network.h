@@ -481,6 +481,33 @@ struct Sent {
     Real size(size_t i) const { return sizes.empty() ? Real(1) : sizes[i]; }
 };
 
+// Neurons by step, of one sample; without counts none.
+struct Steps {
+    const int32_t* neurons;
+    std::vector<int64_t> first;  // [T + 1]
+
+    Steps(const int32_t* counts, const int32_t* all, int64_t sample, int64_t steps) : neurons(all), first(steps + 1) {
+        for (int64_t i = 0; counts && i < sample * steps; ++i) neurons += counts[i];
+        for (int64_t t = 0; counts && t < steps; ++t) first[t + 1] = first[t] + counts[sample * steps + t];
+    }
+    int64_t offset(const int32_t* all) const { return neurons - all; }
+    int64_t count(int64_t t) const { return first[t + 1] - first[t]; }
+    const int32_t* at(int64_t t) const { return neurons + first[t]; }
+};
+
+// The inputs of one sample, where the call has them as events.
+struct InputEvents : Steps {
+    const Real* numbers;
+
+    InputEvents(const ListNetwork& a, int64_t sample)
+        : Steps(a.input_counts, a.input_neurons, sample, a.steps),
+          numbers(static_cast<const Real*>(a.x) + offset(a.input_neurons)) {}
+    void read(int64_t t, Sent& to) const {
+        to.neurons.assign(at(t), at(t) + count(t));
+        to.sizes.assign(numbers + first[t], numbers + first[t + 1]);
+    }
+};
+
 // What all samples share.
 struct NetworkCall {
     const ListNetwork& a;
@@ -505,6 +532,7 @@ class SampleRun {
     const NetworkCall& call;
     const ListNetwork& a = call.a;
     const int64_t sample;
+    const InputEvents inputs{a, sample};
     std::vector<Held> held;
     std::vector<std::unique_ptr<Stepper>> steppers;
     std::vector<std::vector<Sent>> sent;  // of each source, a ring of steps
@@ -542,6 +570,7 @@ class SampleRun {
     }
 
     void read_inputs(int64_t t) {
+        if (a.input_counts) return inputs.read(t, of(a.population_count, t));
         const int64_t row = (a.held ? 0 : t) * a.samples + sample;
         of(a.population_count, t).read(static_cast<const Real*>(a.x) + row * a.inputs, a.inputs);
     }

@@ -245,7 +245,8 @@ struct ListNetwork {
     const ListPopulation* populations;
     const ListConnection* connections;
     const int32_t* order;   // in which populations receive in a step: one that another reaches without a delay comes after it
-    const void* x;          // [T][B][in], or [B][in], held for all steps
+    const void* x;          // [T][B][in], or [B][in], held for all steps; or of each input event its number
+    const int32_t *input_counts, *input_neurons;  // input events: how many in each sample and step, [B][T], and these in order; null: none
     const void* before;     // [before_steps][B][in], the inputs before the first step; null: none
     Spikes *spikes, *events;  // out: of each population and sample; gradient events with U − θ, null: not wanted
     int32_t population_count, connection_count, inputs, samples, steps, before_steps, threads, held;

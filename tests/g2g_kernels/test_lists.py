@@ -419,14 +419,55 @@ def test_a_gradient_by_events_that_is_not_finite_is_an_error_that_names_it():
 def test_gradients_by_events_have_gradients_of_their_own_by_plain_operations():
     x, populations, *_ = network("cubalif", "zero", "one", None, 1, "spikes", torch.float64)
     values = [each.values.requires_grad_() for each in populations[0].connections]
-    for truncate in (None, 7):
+    for truncate, inputs in ((None, x), (7, x), (None, x.to_sparse()), (7, x.to_sparse())):
         second = {}
         for backend in ("cpu", "torch"):
-            counts = g2g_stack(x, populations, backend=backend, truncate=truncate).counts
+            counts = g2g_stack(inputs, populations, backend=backend, truncate=truncate).counts
             first = torch.autograd.grad(counts.square().sum(), values, create_graph=True)
             second[backend] = first + torch.autograd.grad(sum(each.square().sum() for each in first), values)
         for one, other in zip(second["cpu"], second["torch"], strict=True):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+SPARSE = NETWORKS | {"inputs": ("spikes", "floats"), "alone": (False, True), "truncate": (None, 7), "chunk": (None, 13)}
+
+
+@every_pair(**SPARSE)
+def test_sparse_inputs_by_events_give_every_bit_that_dense_ones_give(
+    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias,
+    alone, truncate, chunk,
+):  # fmt: skip
+    monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
+    of = model, reset, delay, onto, batch, inputs, dtype, state, dropped, per_neuron, bias
+    x, (first, second), _, before = network(*of)
+    if alone:  # only one connection receives the inputs
+        first = first._replace(connections=first.connections[1:])
+    populations = first, second._replace(membranes=() if model == "cubalif" else (3, 0))
+    weights = [each.values for of in populations for each in of.connections]
+    x = x.masked_fill(torch.rand(x.shape, generator=seeded(9)) < 0.5, 0)
+    places = (x != 0).logical_or(torch.rand(x.shape, generator=seeded(8)) < 0.05).nonzero().T  # of some the number is 0
+    halves = x[tuple(places)] / 2
+    uncoalesced = torch.cat([places.flip(1), places], 1), torch.cat([halves.flip(0), halves])
+    made_dense, slice_of = [], chunks.SparseSteps.__getitem__
+    monkeypatch.setattr(
+        chunks.SparseSteps, "__getitem__", lambda *of: (made_dense.append(slice_of(*of)), made_dense[-1])[1]
+    )
+    runs, operations = [], []
+    for given in (x, torch.sparse_coo_tensor(*uncoalesced, x.shape)):
+        with pytorch_threads(threads), torch.set_grad_enabled(model == "cubalif"):
+            for each in weights:
+                each.requires_grad_(model == "cubalif")
+            found = g2g_stack(given, populations, None, "cpu", chunk=chunk, before=before, truncate=truncate)
+            grads = torch.autograd.grad(found.counts.sum(), weights) if model == "cubalif" else ()
+        sent = [each.dense() for each in found.sent if each is not None]
+        spikes = [each.events() for each in found.spikes]
+        shown = [each for each in found.membranes or () if each is not None]
+        runs.append([found.counts, *found.rates, *found.states, *sent, *spikes, *shown, *grads])
+        operations.append(found.synaptic_operations() if not (truncate or chunk) else None)
+    assert all([torch.equal(one, other) for one, other in zip(*runs, strict=True)])
+    assert operations[0] == operations[1]
+    if truncate or not chunk:
+        assert max([len(each) for each in made_dense]) <= 6  # the longest delay
 
 
 @pytest.mark.parametrize("neurons", ["all", "reached"])

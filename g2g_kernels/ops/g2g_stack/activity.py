@@ -121,18 +121,19 @@ class Synapses:
                 "the inputs, weights or masks of this run have changed since, so its synaptic operations are unknown; "
                 "call synaptic_operations() right after the run, before optimizer and scheduler step"
             )
-        x = self._x.reshape(-1, self._x.shape[-1])
+        x, of_inputs = self._x, math.prod(self._x.shape[:-1])
         # a held input that arrives later is another one at each step
-        vectors = len(x) * (self._steps or 1)
+        vectors = of_inputs * (self._steps or 1)
         sent = [(of.detach().double() * vectors).nan_to_num().round().long() for of in rates]
-        sent.append((x != 0).sum(0))
-        spiking = bool(((x == 0) | (x.abs() == 1)).all())
+        numbers, place = (x.values(), x.indices()[-1]) if x.is_sparse else (x[x != 0], x.nonzero()[:, -1])
+        sent.append(torch.bincount(place[numbers != 0], minlength=x.shape[-1]))
+        spiking = bool(((numbers == 0) | (numbers.abs() == 1)).all())
         counted = []
         for connections in self._received:
             totals = [0, 0, 0]
             for each, late in connections:
                 source, images = each.source, each.images
-                rows = len(x) if source < 0 and late is None else vectors
+                rows = of_inputs if source < 0 and late is None else vectors
                 multiplies = source < 0 and not spiking
                 if images is None:
                     received = sent[source] if late is None else (late.dense() != 0).sum((0, 1))

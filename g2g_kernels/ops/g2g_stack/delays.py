@@ -121,7 +121,7 @@ class LateSpikes:
 
     def dense(self) -> torch.Tensor:
         """[T, B, N], without gradient."""
-        spikes = self._spikes if isinstance(self._spikes, torch.Tensor) else self._spikes.dense()
+        spikes = self._spikes.to_dense() if isinstance(self._spikes, torch.Tensor) else self._spikes.dense()
         spikes = spikes.detach() if self._steps is None else spikes.detach().expand(self._steps, *spikes.shape)
         train = Train(spikes[0], None if self._before is None else self._before.detach().to(spikes.dtype))
         train.append(spikes)

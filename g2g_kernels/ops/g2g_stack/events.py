@@ -3,7 +3,7 @@
 visits, and spikes stay lists (``csrc/list_network.h``). They take float32 or float64.
 
 Gradients are computed of ``cubalif`` neurons whose surrogate is compact, by gradient events: the steps in which a
-neuron's surrogate derivative is not 0. The forward pass keeps these with their U − θ, and spikes, but no states
+neuron's surrogate derivative is not 0. The forward pass keeps these with that derivative, and spikes, but no states
 (``csrc/list_gradients.h``).
 """
 
@@ -24,7 +24,7 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
-from g2g_kernels.ops.g2g_stack.chunks import in_chunks
+from g2g_kernels.ops.g2g_stack.chunks import SparseSteps, in_chunks
 from g2g_kernels.ops.g2g_stack.cpu import delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.population import (
@@ -51,15 +51,50 @@ from g2g_kernels.tracing import is_traced, replaced
 #: fields that the kernels do not read
 UNREAD = unread([name for name in (*Population._fields, *Connection._fields) if name != "images"])
 NO_GRADIENT = "gives membranes no gradient; call under torch.no_grad() if none is needed"
+#: gradient events whose derivatives are computed at a time, in cache
+PART = 1 << 14
 #: what ``G2G_CPU_NEURONS`` makes of ``VISIT_COST``
 FORCED = {"reached": 0.0, "all": float("inf")}
+
+
+class InputEvents(NamedTuple):
+    """Inputs of which only those that are not 0 are given.
+
+    Attributes:
+        counts: int32 [B, T], how many there are of each sample in each step.
+        neurons: int32, which inputs they are, in this order.
+        size: how many inputs there are.
+    """
+
+    counts: torch.Tensor
+    neurons: torch.Tensor
+    size: int
+
+    @classmethod
+    def of(cls, x: torch.Tensor) -> tuple[torch.Tensor, "InputEvents"]:
+        """The numbers and the events of a coalesced sparse COO tensor [T, B, in]."""
+        (steps, samples, size), numbers = x.shape, x.values()
+        step, sample, neuron = x.indices()
+        row = sample * steps + step
+        order = row.argsort(stable=True)  # coalesced are those of a step in order of samples
+        order = order[numbers[order] != 0]
+        counts = torch.bincount(row[order], minlength=samples * steps).view(samples, steps).int()
+        return numbers[order], cls(counts, neuron[order].int(), size)
+
+    def dense(self, numbers: torch.Tensor) -> torch.Tensor:
+        """[T, B, in], with a gradient by the numbers."""
+        samples, steps = self.counts.shape
+        row = torch.repeat_interleave(torch.arange(samples * steps), self.counts.flatten())
+        return numbers.new_zeros(steps, samples, self.size).index_put(
+            (row % steps, row // steps, self.neurons), numbers
+        )
 
 
 class EventsCall(NamedTuple):
     """What the operator takes; its tensors are contiguous, and numbers of one dtype.
 
     Attributes:
-        x: [T, B, in], or [B, in] held for all steps.
+        x: [T, B, in], or [B, in] held for all steps; with ``arriving``, the number of each of these.
         before: [D, B, in], the inputs of the D steps before the first; None: nothing.
         populations: the output last.
         steps: T.
@@ -67,6 +102,7 @@ class EventsCall(NamedTuple):
         tails: of each population, the number of last steps whose spikes are wanted with a gradient.
         notes: whether gradient events are noted.
         truncate: as in :class:`Call`; 0: never.
+        arriving: inputs as events; None: as x is.
     """
 
     x: torch.Tensor
@@ -77,15 +113,26 @@ class EventsCall(NamedTuple):
     tails: tuple[int, ...]
     notes: bool = False
     truncate: int = 0
+    arriving: InputEvents | None = None
 
     @property
     def batch(self) -> int:
         """B."""
-        return self.x.shape[-2]
+        return self.x.shape[-2] if self.arriving is None else len(self.arriving.counts)
+
+    @property
+    def inputs(self) -> int:
+        """How many there are."""
+        return self.x.shape[-1] if self.arriving is None else self.arriving.size
+
+    @property
+    def held(self) -> bool:
+        """Whether x is held for all steps."""
+        return self.x.dim() == 2
 
     def expected(self) -> Expected:
         """What the kernels take for granted."""
-        check_ends(self.populations, self.x.shape[-1])
+        check_ends(self.populations, self.inputs)
         if sorted(self.order) != [*range(len(self.populations))] or self.steps < 1:
             raise ValueError(f"order={self.order} must name each population once, and steps={self.steps} be above 0")
         if len(self.tails) != len(self.populations) or not all([0 <= tail <= self.steps for tail in self.tails]):
@@ -97,14 +144,19 @@ class EventsCall(NamedTuple):
                 raise ValueError(f"membranes of population {number} must be neurons below {size_of(population)}")
         if self.notes and (reason := _refuses_gradients(self.populations)):
             raise ValueError(reason)
-        dtype, shape = self.x.dtype, (self.batch, self.x.shape[-1])
-        yield "x", self.x, shape if self.x.dim() == 2 else (self.steps, *shape), dtype
+        dtype, shape = self.x.dtype, (self.batch, self.inputs)
+        if self.arriving is None:
+            yield "x", self.x, shape if self.held else (self.steps, *shape), dtype
+        else:
+            yield "x", self.x, (ANY_LENGTH,), dtype
+            yield "counts of inputs", self.arriving.counts, (self.batch, self.steps), torch.int32
+            yield "inputs", self.arriving.neurons, (ANY_LENGTH,), torch.int32
         yield "before", self.before, (0 if self.before is None else len(self.before), *shape), dtype
         for name, tensor, of, usual in expected_of(self.populations, self.batch):
             yield name, tensor, of, dtype if usual == torch.float32 else usual
 
 
-TYPES["EventsCall"] = EventsCall
+TYPES |= {"EventsCall": EventsCall, "InputEvents": InputEvents}
 
 
 def refuses(call: Call) -> str | None:
@@ -232,10 +284,11 @@ def g2g_events(call: Call) -> Activity:
         given_population = contiguous(population, connections, sent, call.x.dtype)
         populations.append(replaced(given_population, membranes=population.membranes))
     order = tuple([number for component in components(call.populations) for number in component.members])
-    before, x = None if call.before is None else call.before.contiguous(), call.x.contiguous()
+    before = None if call.before is None else call.before.contiguous()
+    x, arriving = InputEvents.of(call.x) if call.x.is_sparse else (call.x.contiguous(), None)
     notes = _wants_gradients(call)
     tails = tuple([min(each, steps) if notes else 0 for each in reach[:-1]])
-    given = EventsCall(x, before, tuple(populations), steps, order, tails, notes, call.truncate or 0)
+    given = EventsCall(x, before, tuple(populations), steps, order, tails, notes, call.truncate or 0, arriving)
     counts, rates, last, sent, shown, kept = OPERATOR(given)
     spikes = [
         EventSpikes(kept[2 * number], kept[2 * number + 1], size_of(population), x.new_empty(0))
@@ -266,9 +319,13 @@ def _last_inputs(call: Call, reach: int, steps: int) -> Spikes | None:
     """The inputs of the last steps, where a delay reads them."""
     if not reach:
         return None
-    train = Train(call.x if call.steps is not None else call.x[0], call.before)
-    train.append(call.x if call.steps is None else call.x.expand(steps, *call.x.shape))
-    return DenseSpikes(train.window(steps - reach, steps))
+    if call.x.is_sparse:
+        last = SparseSteps(call.x)[max(0, steps - reach) :]
+    else:
+        last = call.x if call.steps is None else call.x.expand(steps, *call.x.shape)
+    train = Train(last[0], call.before)
+    train.append(last)
+    return DenseSpikes(train.window(len(last) - reach, len(last)))
 
 
 class _Arguments:
@@ -276,6 +333,8 @@ class _Arguments:
     tensors for its gradients."""
 
     def __init__(self, call: EventsCall, to: EventsCall | None = None) -> None:
+        if (arriving := call.arriving) is not None:
+            _check_listed("the inputs", call.inputs, *arriving[:2], call.x)
         of = [(number, each) for number, population in enumerate(call.populations) for each in population.connections]
         grads = [None] * len(of) if to is None else [each for part in to.populations for each in part.connections]
         self.lists = [lists_for(each.mask, each.values, "cols") for _, each in of]
@@ -322,15 +381,17 @@ class _Arguments:
             connections=addressof(self.connections),
             order=self.order.data_ptr(),
             x=call.x.data_ptr(),
+            input_counts=arriving and arriving.counts.data_ptr(),
+            input_neurons=arriving and arriving.neurons.data_ptr(),
             before=pointer(call.before),
             before_steps=0 if call.before is None else len(call.before),
             population_count=len(call.populations),
             connection_count=len(of),
-            inputs=call.x.shape[-1],
+            inputs=call.inputs,
             samples=call.batch,
             steps=call.steps,
             threads=torch.get_num_threads(),
-            held=call.x.dim() == 2,
+            held=call.held,
             doubles=call.x.dtype == torch.float64,
             grad_x=to and pointer(to.x),
             grad_before=to and pointer(to.before),
@@ -343,7 +404,7 @@ _Each = list[torch.Tensor]
 #: counts [B, N] of the output; of each population rates [N] and the states after the last step [states, B, N]; the
 #: spikes of its last steps [tail, B, N] and the membranes [T, B, n] where they are wanted; and kept of each: how many
 #: spikes each sample has in each step, int32 [B, T], and the neurons of these in order, int32; then the same of
-#: gradient events, with U − θ
+#: gradient events, with their surrogate derivative
 Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 
@@ -358,7 +419,7 @@ def _listed(call: EventsCall, handle: int, number: int, valued: bool) -> list[to
     rest = iter(values.split(sizes)) if valued else None
     for each, to, part in of_samples:
         address = rest and next(rest).data_ptr()
-        library().g2g_spikes_copy(handle, each, to.data_ptr(), part.data_ptr(), address)
+        library().g2g_spikes_take(handle, each, to.data_ptr(), part.data_ptr(), address)
     return [counts, neurons, values] if valued else [counts, neurons]
 
 
@@ -382,6 +443,9 @@ def _forward(call: EventsCall, keep: bool) -> Outputs:
     finally:
         for handle in handles:
             library().g2g_spikes_free(handle)
+    for (*_, excess), population in zip(kept[count:], call.populations, strict=False):
+        for part in excess.split(PART):
+            part.copy_(SURROGATES[population.neurons.surrogate].derivative(part, population.neurons.alpha))
     spikes = [
         EventSpikes(counts, neurons, size_of(population), call.x.new_empty(0))
         for (counts, neurons, *_), population in zip(kept, call.populations, strict=False)
@@ -415,19 +479,18 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     arguments, tails = _Arguments(call, to), iter(of_results[2 * count :])
     outlive: list[torch.Tensor | None] = []
     for number, (population, place) in enumerate(zip(call.populations, arguments.populations, strict=True)):
-        _check_listed(number, size_of(population), *spikes[number])
-        _check_listed(number, size_of(population), *events[number])
-        slopes = SURROGATES[population.neurons.surrogate].derivative(events[number][2], population.neurons.alpha)
+        _check_listed(f"population {number}", size_of(population), *spikes[number])
+        _check_listed(f"population {number}", size_of(population), *events[number])
         of_spikes = of_counts if number + 1 == count else None
         if (of_rates := of_results[number]) is not None:
             of_rates = (of_rates / (call.steps * call.batch)).expand(call.batch, -1)
             of_spikes = of_rates.contiguous() if of_spikes is None else of_spikes + of_rates
         place.spike_counts, place.spike_neurons = [each.data_ptr() for each in spikes[number]]
         place.event_counts, place.event_neurons = [each.data_ptr() for each in events[number][:2]]
-        place.slopes, place.grad_rates = slopes.data_ptr(), pointer(of_spikes)
+        place.slopes, place.grad_rates = events[number][2].data_ptr(), pointer(of_spikes)
         place.grad_last, place.tail_steps = pointer(of_results[count + number]), call.tails[number]
         place.grad_tail = pointer(next(tails)) if call.tails[number] else None
-        outlive += slopes, of_spikes
+        outlive.append(of_spikes)
     run(library().g2g_list_network, arguments.network, backward=True)
     names = {id(tensor): name for name, tensor, *_ in call.expected()}
     for tensor, grad in zip(opened(call)[0], grads, strict=True):
@@ -439,20 +502,20 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return grads
 
 
-def _check_listed(number: int, size: int, counts: torch.Tensor, neurons: torch.Tensor, *values: torch.Tensor) -> None:
+def _check_listed(of: str, size: int, counts: torch.Tensor, neurons: torch.Tensor, *values: torch.Tensor) -> None:
     """Raises ValueError for lists that kernels would read outside of."""
     fit = int(counts.sum()) == len(neurons) and all([len(each) == len(neurons) for each in values])
     if not fit or counts.min() < 0 or (len(neurons) and not 0 <= neurons.min() <= neurons.max() < size):
         raise ValueError(
-            f"the spikes and gradient events of population {number} must be as many as their counts say, of neurons "
-            f"below {size}"
+            f"the spikes and gradient events of {of} must be as many as their counts say, of neurons below {size}"
         )
 
 
 def _plain(call: EventsCall) -> list[torch.Tensor]:
     """Counts, rates, last states, the last spikes and membranes by plain operations."""
-    held = call.steps if call.x.dim() == 2 else None
-    plain = Call(call.x, call.populations, held, call.before, spikes=True)
+    held = call.steps if call.held else None
+    x = call.x if call.arriving is None else call.arriving.dense(call.x)
+    plain = Call(x, call.populations, held, call.before, spikes=True)
     run_plain = partial(in_turn, operators=PRODUCTS, neurons=in_steps)
     if call.truncate:
         activity = in_chunks(run_plain, call.truncate, replaced(plain, plain=True), truncated=True)

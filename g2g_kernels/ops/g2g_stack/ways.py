@@ -165,8 +165,17 @@ def _is_sparse(x: Any) -> bool:
 
 
 def _run_sparse(call: Call, chunk: int | None) -> Activity:
-    """A run of sparse inputs: they are made dense, as many steps at a time as :data:`DENSE` allows."""
+    """A run of sparse inputs: as they are by events; otherwise, and in chunks, they are made dense, as many steps at a
+    time as :data:`DENSE` allows."""
     x = checked_sparse(call)
+    if (truncate := call.truncate) is not None:
+        check_chunk(truncate, call, "truncate")
+    call = replaced(call, x=x, truncate=truncate if truncate is not None and truncate < len(x) else None)
+    if chunk is None or call.truncate is not None:  # a truncated run by events is never one in chunks
+        of_step = checked(replaced(call, x=SparseSteps(x)[:1], plain=is_transformed(opened(call)[0])))
+        if WAYS.choose(normalised(of_step), backend=call.backend).way.run is events.g2g_events:
+            now = normalised(replaced(of_step, x=x))
+            return _finished(call, now, events.g2g_events(now))
     most = max(1, DENSE // max(1, x[0].numel()))
     if len(x) <= most:
         return run(replaced(call, x=x.to_dense()), chunk)
@@ -178,7 +187,6 @@ def _run_sparse(call: Call, chunk: int | None) -> Activity:
     check_chunk(chunk or most, call)
     rows: Any = SparseSteps(x)
     if (truncate := call.truncate) is not None:
-        check_chunk(truncate, call, "truncate")
         if truncate > most:
             raise ValueError(
                 f"sparse inputs {list(x.shape)} are run {most} steps at a time, over which no gradient of "
@@ -240,7 +248,7 @@ def normalised(call: Call) -> Call:
             silent = population.state.masked_fill(population.dropped, 0)
             populations[number] = replaced(populations[number], state=silent)
             call = replaced(call, populations=tuple(populations))
-    if len(of_inputs) != 1 or of_inputs[0][2].delay is None:
+    if len(of_inputs) != 1 or of_inputs[0][2].delay is None or _is_sparse(call.x):  # events take them as they are
         return call
     ((number, place, each),) = of_inputs
     train = _inputs(call)

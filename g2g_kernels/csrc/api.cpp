@@ -82,6 +82,7 @@ int64_t size(const Linear& a) {
     return a.rows * (a.lists ? int64_t{a.lists->owners} + a.lists->others : a.plan->rows.size + a.plan->cols.size);
 }
 int64_t size(const Convolution& a) {
+    if (a.sample) return 0;
     return a.images * (int64_t{a.channels} * a.height * a.width + int64_t{a.out_channels} * a.out_height * a.out_width);
 }
 int64_t size(const ImageLayer& a) { return size(a.convolution); }

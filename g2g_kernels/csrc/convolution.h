@@ -162,16 +162,18 @@ struct Events {
         return bits + ((image * of.pixels + p) * of.groups + group) * of.words;
     }
 
-    // The share of numbers that are not zero, of a few thousand.
+    // The share of numbers that are not zero, of a few thousand, or of those of a few thousand words.
     double sampled_rate() const {
         constexpr int64_t kRuns = 32, kLength = 128;
-        const int64_t size = of.floats * of.count, length = least(size, kLength), runs = least(kRuns, size / length);
+        const int64_t size = of.count * (x ? of.floats : of.pixels * of.groups * of.words);
+        const int64_t length = least(size, kLength), runs = least(kRuns, size / length);
         int64_t found = 0;
         for (int64_t i = 0; i < runs; ++i) {
-            const float* run = x + (runs > 1 ? (size - length) / (runs - 1) * i : 0);
-            for (int64_t k = 0; k < length; ++k) found += run[k] != 0.0f;
+            const int64_t first = runs > 1 ? (size - length) / (runs - 1) * i : 0;
+            for (int64_t k = first; k < first + length; ++k) found += x ? x[k] != 0.0f : __builtin_popcountll(bits[k]);
         }
-        return static_cast<double>(found) / static_cast<double>(runs * length);
+        const int64_t numbers = x ? runs * length : divide_up(runs * length * of.of_group, of.words);
+        return static_cast<double>(found) / static_cast<double>(numbers);
     }
 
     // Finds all; returns how many.
@@ -575,19 +577,16 @@ inline void gather(const Gather& a, const Events& events, const GatherBuffers& b
 // The weights in the order of gather(), 0 in the lanes of no channel. `back`: targets are the inputs of the convolution.
 inline void load_kernels(const Gather& a, const float* weight, bool back, int threads, float* to) {
     const int64_t taps = a.taps(), of_group = (back ? a.targets : a.sources).of_group;  // inputs of an output
-    parallel(threads, a.targets.groups, 1, [&](int64_t g, int) {
-        float* strip = to + g * a.group_floats();
+    parallel_pairs(threads, a.targets.groups, taps, 1, [&](int64_t g, int64_t s, int) {
+        const int64_t tap = int64_t{a.rows.tap[s / a.columns.kernel]} * a.columns.kernel + a.columns.tap[s % a.columns.kernel];
         each_strip(a.vecs(), a.targets.of_group, [&](int64_t first, int vecs) {
             const int64_t wide = int64_t{vecs} * W;
-            for (int64_t s = 0; s < taps; ++s) {
-                const int64_t tap = int64_t{a.rows.tap[s / a.columns.kernel]} * a.columns.kernel + a.columns.tap[s % a.columns.kernel];
-                for (int64_t c = 0; c < a.sources.of_group; ++c)
-                    for (int64_t i = 0; i < wide; ++i) {
-                        const int64_t t = first + i;
-                        const int64_t output = back ? g * a.sources.of_group + c : g * a.targets.of_group + t;
-                        *strip++ = t < a.targets.of_group ? weight[(output * of_group + (back ? t : c)) * taps + tap] : 0.0f;
-                    }
-            }
+            float* out = to + g * a.group_floats() + (first * taps + s * wide) * a.sources.of_group;
+            for (int64_t c = 0; c < a.sources.of_group; ++c)
+                for (int64_t t = first; t < first + wide; ++t) {
+                    const int64_t output = back ? g * a.sources.of_group + c : g * a.targets.of_group + t;
+                    *out++ = t < a.targets.of_group ? weight[(output * of_group + (back ? t : c)) * taps + tap] : 0.0f;
+                }
         });
     });
 }

@@ -62,7 +62,7 @@ struct LayerShape {
     // The share of numbers of the inputs that are not 0; finds them if they are not spikes.
     double input_rate(const Events& events) const {
         const int threads = a.convolution.threads;
-        if (!a.inputs && a.convolution.sample) return events.sampled_rate();
+        if (a.convolution.sample) return events.sampled_rate();
         const int64_t found = a.inputs ? events.count(threads) : events.find(threads);
         return static_cast<double>(found) / static_cast<double>(inputs.floats * inputs.count);
     }
@@ -522,28 +522,52 @@ struct ImageBackward : LayerShape {
     void give_inputs(const Frame& at) const {
         float* const to = received + at.worker * inputs.pixels * a.in_lanes;
         float* const sum = buffers.rows + at.worker * buffers.of_rows;
-        const bool decays = a.neurons.reset != kZero && !merges();
+        const bool decays = a.neurons.reset != kZero && !merges() && at.t + 1 < a.steps;
         const Vec decay = all(beta());
         const uint8_t valued = 1;
         const uint8_t* const of_list = &valued;
-        each_strip(of.vecs(), inputs.channels, [&](int64_t first, int vecs) {
-            gather_strip(of, &at.list, &of_list, 1, 0, inputs.height, vecs, buffers.weights + first * of.taps() * outputs.channels,
-                         buffers.bias + first, vecs * W, false, [&](int64_t, int64_t) { return sum; }, [&](int64_t, int64_t y) {
+        const auto give = [&](int64_t y, int64_t first, int64_t n) {
+            const float* const from = to + y * inputs.width * a.in_lanes + first;
+            const int64_t number = at.t * a.count + at.b - a.first;
+            float* const out = a.grad_inputs ? a.grad_inputs + (number * inputs.pixels + y * inputs.width) * a.in_lanes + first : nullptr;
+            for (int64_t x = 0; x < inputs.width && out; ++x)
+                for (int64_t i = x * a.in_lanes; i < x * a.in_lanes + n; i += W) store(out + i, load(from + i));
+            if (a.convolution.grad_x)
+                inputs.store_row(a.convolution.grad_x + frame(at.t, at.b) * inputs.floats, y, first, least(n, inputs.channels - first), from, a.in_lanes);
+        };
+        if (merges()) zero(to, inputs.pixels * a.in_lanes * sizeof(float));
+        each_strip(of.vecs(), of.targets.channels, [&](int64_t first, int vecs) {
+            const int64_t wide = vecs * W;
+            gather_strip(of, &at.list, &of_list, 1, 0, of.targets.height, vecs, buffers.weights + first * of.taps() * outputs.channels,
+                         buffers.bias + first, wide, false, [&](int64_t, int64_t) { return sum; }, [&](int64_t, int64_t y) {
+                if (merges()) return add_patches(y, first, wide, sum, to);
                 float* const place = to + y * inputs.width * a.in_lanes + first;
-                const int64_t number = at.t * a.count + at.b - a.first;
-                float* const out = a.grad_inputs ? a.grad_inputs + (number * inputs.pixels + y * inputs.width) * a.in_lanes + first : nullptr;
                 for (int64_t x = 0; x < inputs.width; ++x)
-                    for (int64_t v = 0; v < vecs * W; v += W) {
+                    for (int64_t v = 0; v < wide; v += W) {
                         float* const p = place + x * a.in_lanes + v;
-                        const Vec now = load(sum + x * vecs * W + v), total = decays && at.t + 1 < a.steps ? decay * load(p) + now : now;
-                        store(p, total);
-                        if (out) store(out + x * a.in_lanes + v, total);
+                        const Vec now = load(sum + x * wide + v);
+                        store(p, decays ? decay * load(p) + now : now);
                     }
-                if (a.convolution.grad_x)
-                    inputs.store_row(a.convolution.grad_x + frame(at.t, at.b) * inputs.floats, y, first, least(vecs * W, inputs.channels - first),
-                                     place, a.in_lanes);
+                give(y, first, wide);
             });
         });
+        for (int64_t y = 0; y < inputs.height && merges(); ++y) give(y, 0, a.in_lanes);
+    }
+
+    // Adds what row y of the outputs gives the inputs of its windows: the lanes of [taps][in_lanes] from `first` on.
+    void add_patches(int64_t y, int64_t first, int64_t wide, const float* sum, float* to) const {
+        const Convolution& c = a.convolution;
+        for (int64_t lane = 0; lane < wide; lane += W, sum += W) {
+            const int64_t tap = (first + lane) / a.in_lanes, channel = (first + lane) % a.in_lanes;
+            const int64_t row = y * c.stride_y - c.padding_y + tap / c.kernel_columns * c.dilation_y;
+            if (row < 0 || row >= inputs.height) continue;
+            int64_t column = tap % c.kernel_columns * c.dilation_x - c.padding_x;
+            for (int64_t x = 0; x < outputs.width; ++x, column += c.stride_x) {
+                if (column < 0 || column >= inputs.width) continue;
+                float* const p = to + (row * inputs.width + column) * a.in_lanes + channel;
+                store(p, load(p) + load(sum + x * wide));
+            }
+        }
     }
 
     template <class S>
@@ -578,7 +602,14 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
     const LayerShape shape(a);
     const Images &inputs = shape.inputs, &outputs = shape.outputs;
     const Windows rows = rows_of(c, true, arena), columns = columns_of(c, true, arena);
-    Gather of{rows, columns, outputs, inputs, nullptr};
+    // Where currents are maxima, most outputs receive something: they give their windows as many channels as these have numbers, in
+    // few long sums, which are added up; else each input gathers a short sum of few events.
+    const Windows row(outputs.height, outputs.height, 1, 1, 0, 1, true, arena), column(outputs.width, outputs.width, 1, 1, 0, 1, true, arena);
+    const int64_t taps = rows.kernel * columns.kernel;
+    const Images windows{taps * a.in_lanes, 1, outputs.height, outputs.width, outputs.count, true};
+    const bool patched = shape.merges();
+    const Gather of = patched ? Gather{row, column, outputs, windows, nullptr} : Gather{rows, columns, outputs, inputs, nullptr};
+    float* const of_windows = arena.take<float>(patched ? outputs.channels * windows.channels : 0);  // weights [output][tap][in_lanes]
     Scatter weights{rows, columns, inputs, outputs, nullptr};
     weights.together = 1, weights.band = inputs.height, weights.parts = a.count;
     // a frame of all outputs, and of the places around them that a tap may read
@@ -607,7 +638,11 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
         return;
     }
     if (a.grad_inputs || c.grad_x) {
-        load_kernels(of, c.weight, true, c.threads, buffers.weights);
+        for (int64_t i = 0; i < outputs.channels * windows.channels && patched; ++i) {
+            const int64_t channel = i % a.in_lanes, tap = i / a.in_lanes % taps, output = i / windows.channels;
+            of_windows[i] = channel < inputs.channels ? c.weight[(output * inputs.channels + channel) * taps + tap] : 0.0f;
+        }
+        load_kernels(of, patched ? of_windows : c.weight, true, c.threads, buffers.weights);
         load_bias(of, nullptr, buffers.bias);
     }
     if (a.grad_rates) {

@@ -156,16 +156,17 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     wanted = {"grad_x": call.x if want_x else None, "grad_weight": call.weight if want_weight else None}
     shapes = {name: tuple(like.shape) for name, like in wanted.items() if like is not None}
     made = _by_events(arguments, shapes, backward=True)
-    left = [name in shapes and name not in made for name in wanted]
+    left, bias = [name in shapes and name not in made for name in wanted], None
     if any(left):
         options = [list(each) for each in call[3:6]]
         operands = images(call, grad_y), images(call, call.x), call.weight
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            *operands, None, *options, False, [0, 0], call.groups, [*left, False]
+        of_x, of_weight, bias = torch.ops.aten.convolution_backward(
+            *operands, [len(call.weight)], *options, False, [0, 0], call.groups, [*left, left[1] and any(want_bias)]
         )
         made |= {"grad_x": laid(call, of_x)} if left[0] else {}
         made |= {"grad_weight": of_weight.contiguous()} if left[1] else {}
-    bias = grad_y.sum((0, 1, 2) if call.last else (0, 2, 3)) if any(want_bias) else None
+    if any(want_bias) and bias is None:
+        bias = grad_y.sum((0, 1, 2) if call.last else (0, 2, 3))
     return given.aligned(call._replace(x=made.get("grad_x"), weight=made.get("grad_weight"), bias=bias))
 
 

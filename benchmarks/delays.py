@@ -129,8 +129,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def _equal(net: SpikingNetwork, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
-    """The share of the first samples' counts that are those of plain PyTorch in float64. (In float32 one membrane of the
-    recurrent network with delays, 1e-7 above its threshold in step 20, moves hundreds of spikes 30 steps later.)"""
+    """The share of the first samples' counts that are those of plain PyTorch in float64. (In float32 one membrane, 1e-7
+    above its threshold in step 20 of the recurrent network with delays, moves hundreds of spikes 30 steps later.)"""
     exact = copy.deepcopy(net).double()
     exact.backend = "torch"
     return float((run(x[:CHECKED]) == exact(x[:CHECKED].double())).double().mean())

@@ -2,10 +2,11 @@
 
 Networks of the same sizes and weights take turns, in a rotating order; each is compared with one that has no delays, or
 no feedback. The peer is a loop over time steps in PyTorch: dense weights times their mask, and spikes in a ring buffer.
-Before anything is timed, the spike counts of the first samples are compared with those of plain PyTorch.
+Before anything is timed, the spike counts of the first samples are compared with those of plain PyTorch in float64.
 """
 
 import argparse
+import copy
 import functools
 import itertools
 import statistics
@@ -27,7 +28,7 @@ from .report import by_column, ratio, seconds
 INPUTS, OUTPUTS = 784, 10
 #: what weights between populations are multiplied with, so that each population fires in some hundredths of all steps
 GAIN = 2.0
-#: samples whose counts are compared, and the share of them that must be equal: sums in another order move some spikes
+#: samples whose counts are compared, and the share of them that must be equal: rounding moves some spikes
 CHECKED, LEAST_EQUAL = 8, 0.99
 #: (source, target, delay) of each projection; "D": drawn for each neuron, up to --delay; "wide": learned, width 10
 CHAIN: list[tuple[str, str, Any]] = [("input", "a", 0), ("a", "b", 0), ("b", "out", 0)]
@@ -128,12 +129,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def _equal(net: SpikingNetwork, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
-    """The share of the first samples' counts that are those of plain PyTorch."""
-    counts, backend = run(x[:CHECKED]), net.backend
-    net.backend = "torch"
-    expected = net(x[:CHECKED])
-    net.backend = backend
-    return float((counts == expected).double().mean())
+    """The share of the first samples' counts that are those of plain PyTorch in float64. (In float32 one membrane, 1e-7
+    above its threshold in step 20 of the recurrent network with delays, moves hundreds of spikes 30 steps later.)"""
+    exact = copy.deepcopy(net).double()
+    exact.backend = "torch"
+    return float((run(x[:CHECKED]) == exact(x[:CHECKED].double())).double().mean())
 
 
 def table(record: dict[str, Any]) -> str:

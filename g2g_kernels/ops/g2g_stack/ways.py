@@ -280,6 +280,7 @@ def _finished(call: Call, now: Call, activity: Activity) -> Activity:
         of_inputs = DenseSpikes(_inputs(call).window(total - reach, total)) if reach else None
         sent = (*(sent[:-1] or (None,) * len(call.populations)), of_inputs)
     synapses = activity.synapses
-    if call.modules is None and not torch.compiler.is_compiling():
+    # a part's operations are counted with those of its run
+    if call.modules is None and not call.carried and not torch.compiler.is_compiling():
         synapses = Synapses(call, activity.spikes)
     return replaced(activity, states=states, sent=sent, synapses=synapses)

@@ -60,7 +60,7 @@ class StepObserver(Protocol):
 
 
 def checked_mask(mask: object, otherwise: str = "") -> BlockMask:
-    """The mask of a layer; TypeError for what is none, with what to do ``otherwise``."""
+    """``mask`` itself. A mask that is no BlockMask raises TypeError, whose message ends with ``otherwise``."""
     if not isinstance(mask, BlockMask):
         give = "give a BlockMask (BlockMask.sample draws one, from_dense takes bool)"
         raise TypeError(f"mask is {type(mask).__name__}; {give}{otherwise}")

@@ -115,6 +115,14 @@ def choose(call: Call, chunk: int | None = None) -> Choice:
     return WAYS.choose(now, backend=call.backend)
 
 
+def _truncated(call: Call) -> Call:
+    """A call whose ``truncate`` is possible, and None unless it is shorter than the run."""
+    if (truncate := call.truncate) is None:
+        return call
+    check_chunk(truncate, call, "truncate")
+    return replaced(call, truncate=truncate if truncate < total_steps(call) else None)
+
+
 def run(call: Call, chunk: int | None = None) -> Activity:
     """The activity of a call by the first way that does not refuse it, ``chunk`` steps at a time (None: all)."""
     if _is_sparse(call.x):
@@ -122,10 +130,9 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     tensors, form = opened(call)
     if is_transformed(tensors):
         call = replaced(call, plain=True)
-    if (truncate := call.truncate) is not None:
-        check_chunk(truncate, call, "truncate")
-        call = checked(replaced(call, truncate=truncate if truncate < total_steps(call) else None))
-        if call.truncate is None:
+    if call.truncate is not None:
+        call = checked(_truncated(call))
+        if (truncate := call.truncate) is None:
             tensors, form = opened(call)
         elif WAYS.choose(normalised(call), backend=call.backend).way.run is not events.g2g_events:
             parts = in_chunks(partial(run, chunk=chunk), truncate, replaced(call, truncate=None), truncated=True)
@@ -168,9 +175,7 @@ def _run_sparse(call: Call, chunk: int | None) -> Activity:
     """A run of sparse inputs: as they are by events; otherwise, and in chunks, they are made dense, as many steps at a
     time as :data:`DENSE` allows."""
     x = checked_sparse(call)
-    if (truncate := call.truncate) is not None:
-        check_chunk(truncate, call, "truncate")
-    call = replaced(call, x=x, truncate=truncate if truncate is not None and truncate < len(x) else None)
+    call = _truncated(replaced(call, x=x))
     if chunk is None or call.truncate is not None:  # a truncated run by events is never one in chunks
         of_step = checked(replaced(call, x=SparseSteps(x)[:1], plain=is_transformed(opened(call)[0])))
         if WAYS.choose(normalised(of_step), backend=call.backend).way.run is events.g2g_events:

@@ -93,44 +93,49 @@ def _rms(tensor: torch.Tensor) -> float:
     return tensor.square().mean().sqrt().item()
 
 
+class Multiples:
+    """Random multiples of a unit, from ``least`` to ``most`` times it, of a generator of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self.draw = torch.Generator().manual_seed(seed)
+
+    def __call__(self, unit: float, least: int, most: int, *shape: int) -> torch.Tensor:
+        return torch.randint(least, most + 1, shape, generator=self.draw).double() * unit
+
+
 def checks() -> Iterator[Check]:
     """Units of side 1, 16, 32 and 64, some of them shorter, with all kinds of groups, resets and surrogates."""
-    # in this draw no gradient is a small difference of large numbers, which bfloat16 would not hold
-    draw = torch.Generator().manual_seed(6)
-
-    def multiples(unit: float, least: int, most: int, *shape: int, generator: torch.Generator = draw) -> torch.Tensor:
-        """Random multiples of ``unit``, from ``least`` to ``most`` times it."""
-        return torch.randint(least, most + 1, shape, generator=generator).double() * unit
-
+    # in these draws no gradient is a small difference of large numbers, which bfloat16 would not hold
+    multiples = Multiples(6)
     for block_size, kind in ((1, "interleaved"), (16, "index"), (32, "interleaved"), (64, "index"), (64, "random")):
-        layouts = GroupLayout(SIZE, GROUPS, kind, draw), GroupLayout(SIZE, GROUPS, "index")
-        mask = BlockMask.sample(*layouts, 1.0, 0.2, block_size, draw)
+        layouts = GroupLayout(SIZE, GROUPS, kind, multiples.draw), GroupLayout(SIZE, GROUPS, "index")
+        mask = BlockMask.sample(*layouts, 1.0, 0.2, block_size, multiples.draw)
         values, bias = multiples(0.25, -1, 1, mask.num_units, *mask.unit_shape), multiples(0.25, -1, 2, SIZE)
         case = f"units of {block_size}, {kind} groups"
         weights = {"values": values * mask.valid(), "bias": bias}
-        x = torch.randn(BATCH, SIZE, generator=draw, dtype=torch.float64)
+        x = torch.randn(BATCH, SIZE, generator=multiples.draw, dtype=torch.float64)
         yield Check("g2g_linear", case, {"x": x, **weights}, functools.partial(_linear, [mask]))
         parameters = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
         held = {"x": multiples(0.5, 0, 2, BATCH, SIZE), **weights, **parameters}
         yield from _pair_and_fused(case, held, [mask, mask], True)  # of the same weights
         # few units, so that gradients and their rounding do not grow from step to step
-        own_draw = torch.Generator().manual_seed(block_size)
-        own = BlockMask.sample(layouts[0], layouts[0], 0.2, 0.05, block_size, own_draw)
-        joined = multiples(0.25, -1, 1, own.num_units, *own.unit_shape, generator=own_draw) * own.valid()
+        few = Multiples(block_size)
+        own = BlockMask.sample(layouts[0], layouts[0], 0.2, 0.05, block_size, few.draw)
+        joined = few(0.25, -1, 1, own.num_units, *own.unit_shape) * own.valid()
         yield Check("recurrent", case, {"joined": joined, **held}, functools.partial(_stack, [mask], own, True))
     for model in MODELS.values():
         for number, (reset, surrogate) in enumerate(zip(itertools.cycle(RESETS), SURROGATES, strict=False)):
-            own_draw = torch.Generator().manual_seed(number + 15) if model.fixed else draw
+            multiples = Multiples(number + 50)  # its own: an added surrogate changes no other check
             sizes = (SIZE, 1) if number % 2 else (1, SIZE)
             unit = 0.5 if model.fixed else 0.25 / len(model.states)
-            current = multiples(unit, -4, 10, STEPS, BATCH, SIZE, generator=own_draw)
+            current = multiples(unit, -4, 10, STEPS, BATCH, SIZE)
             names = [name for name in model.parameters[:-1] if name not in model.fixed]
-            halves = {name: multiples(0.5, 1, 1, sizes[0], generator=own_draw) for name in names}
-            threshold = multiples(0.25, 3, 5, sizes[1], generator=own_draw)
+            halves = {name: multiples(0.5, 1, 1, sizes[0]) for name in names}
+            threshold = multiples(0.25, 3, 4, sizes[1])
             leaves = {"current": current, **halves, "threshold": threshold}
             case = f"reset {reset}, surrogate {surrogate}"
             yield Check(model.name, case, leaves, functools.partial(_neurons, model.name, reset, surrogate))
-    yield from _default_step(draw, multiples)
+    yield from _default_step()
 
 
 #: parameters without a gradient
@@ -139,12 +144,13 @@ FIXED = {"refractory": 2.0, "reset_current": 0.0}
 DEFAULT_SIZES = (784, 2048, 2048, 10)
 
 
-def _default_step(draw: torch.Generator, multiples: Callable[..., torch.Tensor]) -> Iterator[Check]:
+def _default_step() -> Iterator[Check]:
+    multiples = Multiples(6)
     samples = 4 * BATCH  # more than 1,024 rows, whose products have other tiles
     leaves = {"x": multiples(0.5, 0, 2, samples, DEFAULT_SIZES[0])}
     masks = []
     for number, (inputs, outputs) in enumerate(itertools.pairwise(DEFAULT_SIZES)):
-        mask = BlockMask.sample(GroupLayout(outputs), GroupLayout(inputs), 1.0, 0.15, 64, draw)
+        mask = BlockMask.sample(GroupLayout(outputs), GroupLayout(inputs), 1.0, 0.15, 64, multiples.draw)
         masks.append(mask)
         leaves[f"values {number}"] = multiples(0.25, -1, 1, mask.num_units, *mask.unit_shape) * mask.valid()
         leaves[f"bias {number}"] = multiples(0.25, -1, 2, outputs)

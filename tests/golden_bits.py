@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 Options = dict[str, Any]
 
-#: every pair of these that is possible occurs in a network
+#: every pair of these that is possible occurs in a network; what an old commit lacks cannot be compared with it
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "backend": ("cpu", "torch"),
     "threads": (1, 2),

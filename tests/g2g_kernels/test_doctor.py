@@ -76,7 +76,7 @@ def test_neurons_are_neither_silent_nor_always_firing_in_any_check(checks):
     for check in checks:
         for name, tensor in check.reference.items():
             if name.startswith(("spikes", "rates")):
-                assert 0.05 < tensor.mean() < 0.6, check.case
+                assert 0.05 < tensor.mean() < 0.7, check.case  # 0.62 without a reset
             assert tensor.any(), f"{check.case}: {name} is zero everywhere, and would be so if nobody computed it"
 
 
@@ -119,7 +119,7 @@ def not_a_number(current, *rest):
 def test_wrong_spikes_and_gradients_that_are_missing_or_no_numbers_are_reported(wrong, words, monkeypatch, only_lif):
     replace_lif(monkeypatch, wrong)
     findings = [finding for _, finding in doctor.examine(CPU)]
-    assert all(len(finding) == 5 for finding in findings)  # all cases, in both precisions
+    assert {len(finding) for finding in findings} == {len(neurons_package.SURROGATES)}  # all cases, in both precisions
     assert findings[0][0].startswith("reset subtract, surrogate atan: ")
     assert all(words in case for finding in findings for case in finding)
 

@@ -75,6 +75,7 @@ def test_derivatives_at_alpha_2_by_hand():
         "atan": (1.0, 1 / (1 + (math.pi / 2) ** 2)), "fast_sigmoid": (1.0, 0.25), "triangle": (2.0, 0.0),
         "sigmoid": (0.5, 2 * math.e / (1 + math.e) ** 2), "boxcar": (1.0, 0.0),
     }  # fmt: skip
+    assert set(by_hand) == set(SURROGATES)
     for surrogate, (peak, at_a_half) in by_hand.items():
         actual = SURROGATES[surrogate].derivative(torch.tensor([-0.5, 0.0, 0.5], dtype=torch.float64), 2.0)
         expected = torch.tensor([at_a_half, peak, at_a_half], dtype=torch.float64)

@@ -301,7 +301,8 @@ class CubaLIF(SpikingNeurons):
             return exact_gain(*decays)
         if not (kept := self._gain) or not all(map(_equal, decays, kept)):
             with torch.inference_mode(False):  # a later call may need a gradient
-                self._gain = kept = *[each.detach().clone() for each in decays], exact_gain(*decays)
+                of = [each.detach().clone() for each in decays]
+                self._gain = kept = *of, exact_gain(*of)
         return kept[2]
 
 

@@ -48,7 +48,7 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(rf"[^/]+-[0-9a-f]{{{DIGITS}}}", name) is not None
 
 
-def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
+def name_of(path: Path | str, remedy: str = "give the path of a file") -> str:
     """The name by which :func:`load` finds a file's data. Raises DataError, with the ``remedy``, if unreadable."""
     path = Path(path)
     try:
@@ -64,8 +64,8 @@ def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
 
 
 def load(name: str, data_dir: Path) -> ImageData:
-    """Reads the data of that name, from the file that was given or that in ``data_dir``. Raises DataError if it is
-    missing, has other content than the name says, or lacks such arrays."""
+    """Reads the data of that name, from the file that was given, or that in ``data_dir`` or the working directory.
+    Raises DataError if it is missing, has other content than the name says, or lacks such arrays."""
     path = _path(name, data_dir)
     found = name_of(path, "give the directory that has it as `data_dir`")
     if found != name:
@@ -91,7 +91,10 @@ def directory_of(name: str) -> Path | None:
 
 
 def _path(name: str, data_dir: Path) -> Path:
-    return _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
+    if name in _paths:
+        return _paths[name]
+    file = f"{name[: -DIGITS - 1]}{SUFFIX}"
+    return Path(file) if not (data_dir / file).exists() and Path(file).exists() else data_dir / file
 
 
 def _read_archive(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:

@@ -104,8 +104,8 @@ def from_snntorch(
         elif not list(module.children()) and not isinstance(module, nn.Identity):
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__}; from_snntorch takes networks of nn.Linear, "
-                f"nn.Conv2d, pools and {_KINDS}. G2GLinear, LIF and Synaptic can be put into a model of another form "
-                "one by one"
+                f"nn.Conv2d, pools and {_KINDS}. Leave an nn.Dropout out and set `dropout` of the result; G2GLinear, "
+                "LIF and Synaptic can be put into a model of another form one by one"
             )
     if not linears or len(linears) != len(neurons):
         raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the other")

@@ -24,7 +24,10 @@ MOSTLY_SILENT = 0.5
 #: how far outside 0 … 1 a decay is learned without a warning
 FAR = 0.1
 #: remedies for silent and saturated layers, for numbers that grow without bound, and for parameters that drift
-WAKE, CALM = "raise `init_gain` or `enc_scale`, or give `standardize`", "lower `enc_scale`, or give `enforce_sparsity`"
+WAKE, CALM = (
+    "raise `init_gain` or `enc_scale` (or `standardize`, where it is off)",
+    "lower `enc_scale`, or give `enforce_sparsity`",
+)
 LOWER = "lower `lr`, or the settings that scale inputs, weights or thresholds"
 DRIFTING = "that is harmless if it stays there; if it moves on, lower `lr`"
 

@@ -1,5 +1,6 @@
 """G2GLinear, LIF and Synaptic as modules: initial values, saving, and life inside other modules."""
 
+import copy
 import functools
 import math
 
@@ -146,6 +147,21 @@ def test_a_refractory_period_is_a_whole_number_of_steps(given, steps):
         assert neurons.refractory.tolist() == steps
         assert neurons.model_name == f"refractory_{kind.model.name}"
         assert {*neurons.state_dict()} - {*plain.state_dict()} == {"refractory"}
+
+
+def test_a_gain_that_is_kept_has_no_graph():
+    """A copy after an evaluation, and two backward passes of decays that were frozen after it."""
+    neurons = CubaLIF(threshold=0.2)
+    with torch.no_grad():
+        kept = neurons.gain
+    assert not kept.requires_grad
+    torch.testing.assert_close(copy.deepcopy(neurons).gain, kept, rtol=0, atol=0)
+    neurons.syn_decay.requires_grad_(False)
+    neurons.beta.requires_grad_(False)
+    current = torch.rand(5, 3, 8, requires_grad=True)
+    for _ in range(2):
+        neurons(current).sum().backward()
+    assert current.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(40, 40, 40), (1, 40, 40), (40, 1, 1), (1, 1, 1)])

@@ -33,6 +33,7 @@ class Inspected:
     rasters: Sequence[figures.Raster]  # of one test image, of the layers that fire
     example: str  # that image, in words
     confusion: torch.Tensor  # int64 [C, C], number of images by true and predicted class
+    silent: int  # how many of these have no output spikes
     images: int  # number of all test images
 
 
@@ -40,12 +41,14 @@ def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspec
     """Runs ``net``, the network of ``run``, on the first ``samples`` test images of ``data``, on the same device."""
     count, batches = data.num_classes, run_images(net, run.settings, run.epoch, data, count=samples)
     first = next(batches)
-    confusion = torch.zeros(count * count, dtype=torch.int64)
+    confusion, silent = torch.zeros(count * count, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
     def watched() -> Iterator[Batch]:
         for batch in itertools.chain([first], batches):
-            pairs = count * batch.labels + batch.activity.output.argmax(1)
+            output = batch.activity.output
+            pairs = count * batch.labels + output.argmax(1)
             confusion.add_(torch.bincount(pairs.cpu(), minlength=len(confusion)))
+            silent.add_((output == 0).all(1).sum().cpu())
             yield batch
 
     analysis = analyze_network(net, watched(), count)
@@ -57,7 +60,8 @@ def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspec
     classes = _classes(run, count)
     true, found = classes[int(first.labels[shown])], classes[int(output[shown].argmax())]
     example = f"test image {shown + 1} (class {true}, classified as {found})"
-    return Inspected(run, net, analysis, rasters, example, confusion.view(count, count), len(data.test_labels))
+    matrix = confusion.view(count, count)
+    return Inspected(run, net, analysis, rasters, example, matrix, int(silent), len(data.test_labels))
 
 
 def _classes(run: SavedRun, count: int) -> Sequence[str]:
@@ -122,7 +126,8 @@ def _run(each: Inspected, alone: bool) -> list[str]:
         picture(
             figures.confusion(each.confusion, _classes(run, len(each.confusion))),
             "Rows: the true class of these images; columns: the predicted class."
-            + " An image without output spikes counts as the first class." * (run.settings.readout == "counts"),
+            + f" {each.silent:,} had no output spikes and count as the first class."
+            * (run.settings.readout == "counts"),
         ),
         heading(3, "Connectivity"),
     ]

@@ -102,7 +102,7 @@ class Sweep:
         header = [*self.varied, "runs", *(f"{text}, %" for text in accuracies.values()), "weights", "seconds"]
         notes = ["Of each run the epoch with the best validation accuracy was tested."] if held_out else []
         if len(rows) > 1:
-            how = "test images, so its accuracy is too high; validation=SHARE fixes that"
+            how = "test images, so its accuracy is too high; give `validation=0.1`"
             notes.append(f"Best: {self.best.label}, chosen on {'held-out images' if held_out else how}.")
         return "\n".join([markdown(header, lines), *notes])
 

@@ -166,7 +166,7 @@ def test_means_have_standard_errors_and_held_out_images_decide_where_there_are_s
     assert table.endswith(f"was tested.\nBest: {best}, chosen on held-out images.")
     assert (told["by"], f"p_inter={told['settings']['p_inter']}") == ("best/val_acc", best)
     assert "validation accuracy" not in made[0].table()
-    assert ", chosen on test images, so its accuracy is too high; validation=SHARE fixes that." in made[0].table()
+    assert ", chosen on test images, so its accuracy is too high; give `validation=0.1`." in made[0].table()
 
 
 def test_values_are_evenly_spaced_and_numbers_in_their_order(tmp_path):

@@ -172,9 +172,9 @@ inline void list_loop_forward(ListLoop& a, Arena& arena) {
             const int64_t then = t - a.delay;
             sum.add(then < 0 ? nullptr : call.spikes(then, sample), then < 0 ? call.sent(then, sample) : nullptr, current);
             (*step)(call, {current, membrane, from, to, sent, call.spikes(t, sample)});
-            float* const spikes = call.row(a.spikes, 0, t, sample);
-            zero(spikes, a.size * sizeof(float));
-            each_bit(call.spikes(t, sample), 0, call.words, [&](int64_t n) { spikes[n] = 1.0f; });
+            float* const spikes = call.row(a.spikes, a.summed, t, sample);
+            if (!a.summed || t == 0) zero(spikes, a.size * sizeof(float));
+            each_bit(call.spikes(t, sample), 0, call.words, [&](int64_t n) { spikes[n] += 1.0f; });
             from = to;
         }
         call.store_states(from, sample, a.last);

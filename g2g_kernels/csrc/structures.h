@@ -199,7 +199,8 @@ struct ListLoop {
     const float* sent;      // [D][B][N]: the spikes before the first step; null: none
     const uint8_t* dropped; // [B][N], 1 where nothing comes from a neuron in a sample; null: none is
     const float* state;     // [states][B][N] before the first step; null: zeros
-    float *spikes, *last;   // out: [T][B][N], [states][B][N]
+    float *spikes, *last;   // out: [T][B][N], or [B][N], summed over the steps, [states][B][N]
+    int32_t summed;
     uint64_t* words;        // out: [T][B][N / 64, rounded up], the spikes as bits
     float* kept;            // out, for the backward pass: [T][B][states][N, rounded up to whole words]; null: not wanted
     const float *grad_spikes, *grad_last;  // null: zeros

@@ -589,12 +589,17 @@ def test_a_current_that_is_held_and_one_onto_the_membrane_that_is_not_may_meet()
 
 
 def test_operators_have_second_derivatives():
-    given = call()
-    spikes, last, *_ = recurrent_lists.FORWARD(given)
+    given, found = call(), []
     inputs = given.current, given.to_membrane
-    for first in torch.autograd.grad(spikes.sum() + last.square().sum(), inputs, create_graph=True):
-        (second,) = torch.autograd.grad(first.sum(), given.recurrent.values, retain_graph=True)
-        assert second.abs().sum() > 0
+    for summed in (False, True):
+        spikes, last, *_ = recurrent_lists.FORWARD(given._replace(summed=summed))
+        assert len(spikes) == (1 if summed else 5)
+        loss = spikes.sum(0).square().sum() + last.square().sum()
+        firsts = torch.autograd.grad(loss, inputs, create_graph=True)
+        seconds = [torch.autograd.grad(each.sum(), given.recurrent.values, retain_graph=True)[0] for each in firsts]
+        assert all(each.abs().sum() > 0 for each in seconds)
+        found.append([spikes.sum(0), *firsts, *seconds])
+    torch.testing.assert_close(*found)
 
 
 def test_a_mask_that_changes_in_place_has_new_lists():

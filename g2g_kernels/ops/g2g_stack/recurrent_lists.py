@@ -3,7 +3,7 @@ operators ``g2g::loop_forward`` (with its autograd formula) and ``g2g::loop_back
 forward pass keeps spikes as bits, and the states of every step, float32, as ``csrc/list_loop.h`` lays them out.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from ctypes import Structure
 from functools import partial
 from typing import Any, NamedTuple
@@ -31,7 +31,9 @@ from g2g_kernels.ops.g2g_stack.population import (
     Population,
     components,
     expected_of,
+    reaches,
     state_shape,
+    total_steps,
     unread,
 )
 from g2g_kernels.ops.g2g_stack.reference import in_turn
@@ -67,13 +69,15 @@ class SpikeBits(Spikes):
 class LoopCall(NamedTuple):
     """What the forward pass takes: the contiguous ``current`` [T, B, N], or [B, N] held for all ``steps``; the
     population, contiguous, with its recurrent connection alone, whose ``source`` is 0, with a delay of D ≥ 1 steps, and
-    ``sent`` [D, B, N], the steps before the first; and what goes onto the membrane, over time or held as well.
+    ``sent`` [D, B, N], the steps before the first; what goes onto the membrane, over time or held as well; and
+    whether spikes are given summed over the steps, [1, B, N].
     """
 
     current: torch.Tensor
     population: Population
     steps: int
     to_membrane: torch.Tensor | None = None
+    summed: bool = False
 
     @property
     def recurrent(self) -> Connection:
@@ -89,6 +93,11 @@ class LoopCall(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of the spikes: [T, B, N]."""
         return self.steps, *self.current.shape[-2:]
+
+    @property
+    def of_spikes(self) -> tuple[int, ...]:
+        """The shape in which spikes are given."""
+        return 1 if self.summed else self.steps, *self.shape[1:]
 
     @property
     def state_shape(self) -> tuple[int, ...]:
@@ -119,10 +128,12 @@ def loop_of(
     population: Population,
     backend: str | None = "cpu",
     note: Callable[[int, torch.Tensor], None] = lambda number, words: None,
+    summed: Collection[int] = (),
 ) -> Callable | None:
     """The function that runs population ``number`` with its recurrent connection, as in
     :class:`g2g_kernels.ops.g2g_stack.reference.PopulationFunctions`; None if these kernels do not take that from
-    lists. A run calls ``note`` with the number and the spikes as bits."""
+    lists. A run calls ``note`` with the number and the spikes as bits; what populations in ``summed`` give is summed
+    over the steps, [1, B, N]."""
     own = [each for each in population.connections if each.source == number]
     if population.membranes or len(own) != 1:
         return None
@@ -138,13 +149,14 @@ def loop_of(
     if any([(tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_cpu for tensor in tensors]):
         return None
     lists = in_lists(recurrent.mask.grid, recurrent.values.shape, "recurrent")
-    return partial(_run, population, recurrent, partial(note, number)) if lists else None
+    return partial(_run, population, recurrent, partial(note, number), number in summed) if lists else None
 
 
 def _run(
     population: Population,
     recurrent: Connection,
     note: Callable[[torch.Tensor], None],
+    summed: bool,
     current: torch.Tensor,
     steps: int,
     state: torch.Tensor | None,
@@ -155,7 +167,7 @@ def _run(
         # its product is inside the operator, but has the gradient of the current: before that is formed, a first run
         # tells what the connection receives
         with torch.no_grad():
-            spikes, _ = _run(population, recurrent, note, current, steps, state, sent, to_membrane)
+            spikes, _ = _run(population, recurrent, note, False, current, steps, state, sent, to_membrane)
         delay = 0 if recurrent.delay is None else recurrent.delay.least
         before = spikes.new_zeros(delay, *spikes.shape[1:]) if sent is None else sent
         current = current.expand(spikes.shape)
@@ -165,9 +177,9 @@ def _run(
     joined = Connection("linear", recurrent.values.contiguous(), mask, 0, recurrent.delay)
     own = contiguous(replaced(population, state=state), [joined], sent)
     to_membrane = to_membrane if to_membrane is None else to_membrane.float().contiguous()
-    spikes, last, words, _ = FORWARD(LoopCall(current.float().contiguous(), own, steps, to_membrane))
+    spikes, last, words, _ = FORWARD(LoopCall(current.float().contiguous(), own, steps, to_membrane, summed))
     note(words)
-    return spikes.to(current.dtype), last
+    return spikes if summed else spikes.to(current.dtype), last  # counts have not the bits of spikes
 
 
 def _row(call: LoopCall) -> tuple[int, int]:
@@ -218,18 +230,18 @@ def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tup
 
 def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, ...]:
     arguments, _outlive = _arguments(call)
-    spikes, (last,) = workspace.empty(call.shape), workspace.exactly([call.state_shape])
+    spikes, (last,) = workspace.empty(call.of_spikes), workspace.exactly([call.state_shape])
     of_words, of_states = _kept_shapes(call, keep)
     words, kept = workspace.empty(of_words, torch.int64), workspace.empty(of_states)
     arguments.spikes, arguments.last, arguments.words = spikes.data_ptr(), last.data_ptr(), words.data_ptr()
-    arguments.kept = kept.data_ptr() if keep else None
+    arguments.kept, arguments.summed = kept.data_ptr() if keep else None, call.summed
     run(library().g2g_list_loop, arguments)
     return spikes, last, words, kept
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (words, kept), (grad_spikes, grad_last), _ = given
-    constant = grad_spikes is not None and grad_spikes.stride(0) == 0
+    constant = call.summed or (grad_spikes is not None and grad_spikes.stride(0) == 0)
     grads, to = given.made(workspace.alike)
     grad_last = grad_last if grad_last is None else grad_last.contiguous()
     arguments, _outlive = _arguments(call, to.population.neurons.parameters)
@@ -244,7 +256,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
 
 def _outputs(call: LoopCall, keep: bool) -> list[Output]:
     words, states = _kept_shapes(call, keep)
-    return [Output(call.shape), Output(call.state_shape), Output(words, torch.int64), Output(states)]
+    return [Output(call.of_spikes), Output(call.state_shape), Output(words, torch.int64), Output(states)]
 
 
 def _now(given: torch.Tensor, t: int) -> torch.Tensor:
@@ -265,7 +277,8 @@ def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
         spikes.append(now[0] if population.dropped is None else now[0].masked_fill(population.dropped, 0))
         sent.append(spikes[-1])
     assert state is not None
-    return torch.stack(spikes), state
+    trains = torch.stack(spikes)
+    return trains.sum(0, keepdim=True) if call.summed else trains, state
 
 
 def _prepared(grad: torch.Tensor) -> torch.Tensor:
@@ -312,10 +325,21 @@ def refuses(call: Call) -> str | None:
 def g2g_lists(call: Call) -> Activity:
     """``g2g_stack`` population by population."""
     words: dict[int, torch.Tensor] = {}
-    loops = partial(loop_of, note=words.__setitem__)
+    summed = _summed(call)
+    loops = partial(loop_of, note=words.__setitem__, summed=summed)
     activity = in_turn(call, {"linear": g2g_linear}, partial(in_float32, neurons), loops)
-    spikes = [
-        SpikeBits(words[number], len(rates), rates.new_empty(0)) if number in words else dense
-        for number, (dense, rates) in enumerate(zip(activity.spikes, activity.rates, strict=True))
-    ]
-    return replaced(activity, spikes=tuple(spikes))
+    rates, spikes = list(activity.rates), list(activity.spikes)
+    for number, of in words.items():
+        spikes[number] = SpikeBits(of, len(rates[number]), rates[number].new_empty(0))
+        if number in summed:
+            rates[number] = rates[number] / total_steps(call)
+    return replaced(activity, rates=tuple(rates), spikes=tuple(spikes))
+
+
+def _summed(call: Call) -> set[int]:
+    """The populations of which no spike of a single step is read but by their own loop: floats [T, B, N] of a whole
+    brain take as much memory as its states, and longer than these to write."""
+    read = {each.source for number, of in enumerate(call.populations) for each in of.connections if each.source != number}
+    reach = reaches(call.populations)
+    numbers = range(len(call.populations))
+    return set() if call.spikes else {number for number in numbers if number not in read and not reach[number]}

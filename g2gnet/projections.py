@@ -13,6 +13,7 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import FLOAT32, SIZE, Number
 from g2g_kernels.ops.g2g_stack import Delay
+from g2g_kernels.ops.g2g_stack.checks import check_events
 from g2g_kernels.ops.g2g_stack.delays import WIDTH, late_of
 from g2g_kernels.ops.g2g_stack.schedule import CycleError, components_of
 from g2g_kernels.tracing import default_device, is_traced
@@ -658,6 +659,7 @@ def _flat_events(images: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Sparse images [..., C, H, W] as neurons [..., C·H·W]."""
     if images.sparse_dim() < images.dim():
         raise ValueError(f"sparse images need {images.dim()} indices for each entry, not {images.sparse_dim()}")
+    check_events(images)
     places, (_, rows, columns) = images._indices(), shape
     flat = (places[-3] * rows + places[-2]) * columns + places[-1]
     size = (*images.shape[:-3], math.prod(shape))

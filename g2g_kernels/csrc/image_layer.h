@@ -391,7 +391,8 @@ struct ImageBackward : LayerShape {
                         const Vec later = load(delta + lane);
                         Vec now = decay * later, e = {};
                         if (whole || bits || of_rate) {
-                            const Vec membrane = load(u + lane);
+                            // a weight of 0 makes NaN of an infinite input in lanes that are no channel's
+                            const Vec membrane = load_chosen(Vec{}, u + lane, static_cast<uint32_t>(valid(w) >> lane % kLanes));
                             Vec grad = load_chosen(Vec{}, g + lane, static_cast<uint32_t>(bits));
                             if (of_rate) grad += load(of_rate + lane);
                             e = S::derivative(membrane - theta, alpha) * grad;

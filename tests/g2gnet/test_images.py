@@ -298,6 +298,26 @@ def test_two_hundred_random_networks_against_a_loop_in_float64(first, poisoned):
 
 
 @on_cpu
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("surrogate", ["atan", "triangle"])
+@pytest.mark.parametrize("cost", [0, float("inf")])
+def test_what_is_not_finite_stays_with_its_channels(cost, surrogate, value, poisoned, monkeypatch):
+    monkeypatch.setattr(library, "CONVOLUTION_COST", cost)
+    x = X.clone()
+    x[1, 0, 0, 3, 3] = value
+    found = []
+    for backend in ("cpu", "torch"):
+        options = {"beta": 0.5, "threshold": 0.25, "surrogate": surrogate}
+        weights = [exact(G2GConv2d(*sizes, 3, padding=1), seeded(n)) for n, sizes in enumerate([(2, 4), (4, 6)])]
+        net = stack(*[(each, LIF(**options)) for each in weights], backend=backend)
+        given = net.simulate(x)
+        grads = torch.autograd.grad(given.output.sum(), list(net.parameters()))
+        found.append([given.output.detach(), *[each.detach() for each in given.states], *grads])
+    assert not found[0][1].isfinite().all()
+    torch.testing.assert_close(*found, equal_nan=True)
+
+
+@on_cpu
 @pytest.mark.parametrize("channels", [1, 16, 63, 64, 70, 129])
 @pytest.mark.parametrize("pixels", [1, 15, 64, 100])
 def test_words_as_numbers(channels, pixels, poisoned):
@@ -332,6 +352,9 @@ def test_sparse_images_give_what_dense_ones_give():
     assert torch.equal(found.output, whole.output)
     with pytest.raises(ValueError, match="sparse images need 5 indices for each entry, not 3"):
         net(X.to_sparse(3))
+    outside = torch.sparse_coo_tensor([[0], [0], [0], [8], [0]], [1.0], X.shape, check_invariants=False)
+    with pytest.raises(ValueError, match=r"indices outside its shape \[5, 3, 2, 8, 8\]"):
+        net(outside)
 
 
 @on_cpu

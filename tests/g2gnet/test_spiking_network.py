@@ -869,9 +869,12 @@ def test_sparse_inputs_give_what_dense_ones_give(monkeypatch, backend, dense):
 
 def test_sparse_inputs_that_cannot_be_run_are_refused_by_name(monkeypatch):
     net, x = network("chain"), torch.ones(T, B, D).to_sparse()
+    outside = torch.sparse_coo_tensor([[0], [0], [D]], [1.0], (T, B, D), check_invariants=False)
     for given, options, why in (
         (x.to_dense()[0].to_sparse(), {}, r"x is sparse and has shape \[3, 10\]; give \[T, B, in\]"),
         (x.to_dense().to_sparse(2), {}, "each entry with three indices"),
+        (x.to_dense()[:0].to_sparse(), {}, "give at least one step"),
+        (outside, {}, r"indices outside its shape \[11, 3, 10\]"),
         (x.clone().requires_grad_(), {}, "sparse inputs have no gradient; give inputs.to_dense()"),
         (x, {"spikes": True}, r"sparse inputs \[11, 3, 10\] are run 1 steps at a time, which keeps no gradient of s"),
     ):

@@ -91,13 +91,23 @@ def checked_sparse(call: Call) -> torch.Tensor:
     """The sparse inputs of a call, coalesced; raises ValueError unless they are [T, B, in] of numbers without gradient,
     for kernels."""
     x = call.x
-    if x.dim() != 3 or x.dense_dim() or call.steps is not None or not len(x):
+    if x.dim() != 3 or x.dense_dim() or call.steps is not None:
         raise ValueError(f"x is sparse and has shape {list(x.shape)}; give [T, B, in], each entry with three indices")
+    if not len(x):
+        raise ValueError(f"x is sparse and has shape {list(x.shape)}; give at least one step")
+    check_events(x)
     if x.requires_grad:
         raise ValueError("sparse inputs have no gradient; give inputs.to_dense(), or inputs.detach()")
     if call.modules is not None:
         raise ValueError(f"sparse inputs run on kernels only, and modules are called ({call.modules.why})")
     return x.coalesce()
+
+
+def check_events(x: torch.Tensor) -> None:
+    """Raises ValueError for indices of sparse tensors outside their shape: coalescing would move them."""
+    indices = x._indices()
+    if ((indices < 0) | (indices >= torch.tensor(x.shape[: x.sparse_dim()], device=x.device)[:, None])).any():
+        raise ValueError(f"x is sparse and has indices outside its shape {list(x.shape)}")
 
 
 def check_chunk(chunk: int, call: Call, name: str = "chunk") -> None:

@@ -339,7 +339,7 @@ def g2g_lists(call: Call) -> Activity:
 def _summed(call: Call) -> set[int]:
     """The populations of which no spike of a single step is read but by their own loop: floats [T, B, N] of a whole
     brain take as much memory as its states, and longer than these to write."""
-    read = {each.source for number, of in enumerate(call.populations) for each in of.connections if each.source != number}
+    numbered = list(enumerate(call.populations))
+    read = {each.source for own, of in numbered for each in of.connections if each.source != own}
     reach = reaches(call.populations)
-    numbers = range(len(call.populations))
-    return set() if call.spikes else {number for number in numbers if number not in read and not reach[number]}
+    return set() if call.spikes else {own for own, _ in numbered if own not in read and not reach[own]}

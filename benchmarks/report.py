@@ -1,7 +1,7 @@
 """Tables of records."""
 
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,11 @@ BUSY = 0.1
 Table = tuple[list[str], list[list[str]]]
 
 
-def by_column(columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) -> str:
-    """A Markdown table, in whose columns stands what functions make of rows."""
-    return markdown(list(columns), ([cell(row) for cell in columns.values()] for row in rows))
+def by_column(columns: Mapping[str, Callable[[Any], str]], rows: Collection[Any]) -> str:
+    """A Markdown table, in whose columns stands what functions make of rows; without those that no row fills."""
+    made = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    made = {name: cells for name, cells in made.items() if {*cells} != {"–"}}
+    return markdown(list(made), zip(*made.values(), strict=True))
 
 
 def curves(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

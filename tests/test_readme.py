@@ -209,10 +209,10 @@ def test_the_tests_that_a_page_names_exist():
 
 def test_each_page_that_installs_g2g_installs_the_pytorch_for_cpus_first():
     """Alone, pip would bring 5.6 GB of CUDA."""
-    first = "python -m venv .venv\nsource .venv/bin/activate\n"
+    first = "python3 -m venv .venv\nsource .venv/bin/activate\n"
     first += "pip install uv\nuv pip install --torch-backend cpu torch torchvision"
     pages = [*PAGES, (ROOT / "CONTRIBUTING.md").read_text()]
-    install = [page for page in pages if re.search(r"^(pip install -e \.|python -m venv)", page, re.MULTILINE)]
+    install = [page for page in pages if re.search(r"^(pip install -e \.|python3 -m venv)", page, re.MULTILINE)]
     assert [page.replace(" && ", "\n").count(first) for page in install] == [1, 1, 1], (
         "README, the page on installation, CONTRIBUTING"
     )

@@ -48,6 +48,12 @@ class Estimate(NamedTuple):
         error = "" if self.error is None else f" ± {scale * self.error:.{digits}f}"
         return f"{scale * self.mean:.{digits}f}{error}"
 
+    def level(self, other: "Estimate") -> bool:
+        """Whether two means differ by less than two standard errors of their difference; False for single values."""
+        if self.error is None or other.error is None:
+            return False
+        return abs(self.mean - other.mean) < 2 * math.hypot(self.error, other.error)
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of values and its standard error."""

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import logging
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from g2gnet.base.messages import reason
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
 #: where the Debian package dataset-fashion-mnist puts its files
+logger = logging.getLogger("g2gnet")
+
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
 MINI_FILE = Path(__file__).with_name("fashion_mnist_mini.npz")
 
@@ -52,6 +55,7 @@ def load(name: str, data_dir: Path) -> ImageData:
                 "or give their folder as `data_dir`."
             ) from error
         files = _found(raw)
+    logger.info("Data: Fashion-MNIST in %s", next(iter(files.values())).parent)
     parts = {}
     for part, name in (("train", "train"), ("test", "t10k")):
         parts[f"{part}_images"] = _content(files, f"{name}-images-idx3-ubyte", header=16).view(-1, 28, 28)

@@ -12,6 +12,7 @@ is executed, and its sizes are checked before it is read.
 
 import hashlib
 import io
+import logging
 import math
 import re
 import zipfile
@@ -28,6 +29,7 @@ from g2gnet.base.messages import reason
 from g2gnet.data.image_data import DataError, ImageData
 
 Content = TypeVar("Content")
+logger = logging.getLogger("g2gnet")
 
 SUFFIX = ".npz"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -35,8 +37,9 @@ ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 DIGITS = 8
 #: the most that is read of an array's header; NumPy refuses headers of more than 10,000 characters
 HEADER_BYTES = 10_100
-#: dimensions of arrays of samples, N included; and of those that are sequences by default
-DIMENSIONS, SEQUENCE_DIMENSIONS = (2, 3, 4, 5), (3, 5)
+#: the axes of a sample, by the dimensions of an array of them, N included; and those that are sequences by default
+AXES = {2: "[D]", 3: "[T, D]", 4: "[channels, height, width]", 5: "[T, channels, height, width]"}
+SEQUENCE_DIMENSIONS = 3, 5
 SAMPLES = "uint8, float32 or float64: [N, D], images [N, channels, height, width], or sequences [N, T, …] of either"
 
 #: the data files given to this process, by name
@@ -72,6 +75,10 @@ def load(name: str, data_dir: Path) -> ImageData:
         raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its `data_dir`")
     arrays = _read_archive(path, _arrays)
     classes = 1 + max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
+    (train, *shape), test = arrays["train_images"].shape, len(arrays["test_images"])
+    # channels last would not fail, so the user reads what was taken for channels
+    axes = AXES[1 + len(shape)]
+    logger.info("Data: %d training and %d test samples, %s = %s, %d classes", train, test, axes, shape, classes)
     return ImageData(name=name, num_classes=classes, **{part: torch.from_numpy(arrays[part]) for part in ARRAYS})
 
 
@@ -102,6 +109,8 @@ def _read_archive(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Con
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
             return read(archive)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} cannot be used as data: it is no whole file of numpy.savez ({error})") from error
     except Exception as error:  # zipfile's and NumPy's readers can raise anything at a damaged file
         raise DataError(f"{path} cannot be used as data: {reason(error)}") from error
 
@@ -122,7 +131,7 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
             wanted = "integers [N], as the second result of np.unique(labels, return_inverse=True)"
             fits = dtype.kind in "iu" and len(shape) == 1
         else:
-            fits, wanted = dtype in (np.uint8, np.float32, np.float64) and len(shape) in DIMENSIONS, SAMPLES
+            fits, wanted = dtype in (np.uint8, np.float32, np.float64) and len(shape) in AXES, SAMPLES
         if not fits or 0 in shape:
             size = ", no axis of size 0" if 0 in shape else ""
             raise ValueError(f"{name} is {dtype} {list(shape)}; give {wanted}{size}")

@@ -264,7 +264,7 @@ def _results(each: Inspected) -> dict[str, str]:
     record: Mapping[str, Any]
     if _judges(each.run) == "test":
         record = max(history, key=lambda record: record["test_acc"])
-        best = _percent(record["test_acc"])
+        best = f"{_percent(record['test_acc'])} test, chosen by it"
     else:
         record = best_of(history)
         best = f"{_percent(record['val_acc'])} held out"

@@ -78,7 +78,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     with raised(signal.SIGTERM, f"interrupted by SIGTERM; {RESUME}"):
         made = run(grid, folder, **machine)
     rows = [{**each.differs, **dict(numbers(end))} for each, end in made.ends]
-    say(made.table())
+    say(build_parser().in_flags(made.table()))
     output.write_output(files["csv"], csv_of(rows))
     output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
     output.write_file(files["png"], lambda file: made.picture().savefig(file, format="png", dpi=150))

@@ -103,7 +103,11 @@ class Sweep:
         notes = ["Of each run the epoch with the best validation accuracy was tested."] if held_out else []
         if len(rows) > 1:
             how = "test images, so its accuracy is too high; give `validation=0.1`"
-            notes.append(f"Best: {self.best.label}, chosen on {'held-out images' if held_out else how}.")
+            (name, _), best = self.judge, self.best
+            notes.append(f"Best: {best.label}, chosen on {'held-out images' if held_out else how}.")
+            others = [row for row in rows if row.label != best.label]
+            if level := [row.label for row in others if best.estimate(name).level(row.estimate(name))]:
+                notes.append(f"No certain difference (two standard errors) from {'; '.join(level)}.")
         return "\n".join([markdown(header, lines), *notes])
 
     def picture(self) -> Any:

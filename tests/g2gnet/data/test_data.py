@@ -5,6 +5,7 @@ import functools
 import gzip
 import hashlib
 import http.server
+import logging
 import re
 import threading
 import zipfile
@@ -58,8 +59,10 @@ def server(tmp_path, small_files, monkeypatch):
         mirror.shutdown()
 
 
-def test_files_are_downloaded_once_from_the_mirror_that_has_them(tmp_path, small_files, server, monkeypatch):
+def test_files_are_downloaded_once_from_the_mirror_that_has_them(tmp_path, small_files, server, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "g2gnet")
     data = load_dataset("fashionmnist", tmp_path / "data")
+    assert caplog.messages == [f"Data: Fashion-MNIST in {tmp_path / 'data/FashionMNIST/raw'}"]
     assert data.train_images.numpy().tobytes() == small_files["train-images-idx3-ubyte"][16:]
     # as torchvision leaves them
     files = {path.name for path in (tmp_path / "data/FashionMNIST/raw").iterdir() if path.is_file()}
@@ -109,6 +112,22 @@ def own_arrays(**changes):
     images = np.random.default_rng(0).integers(0, 256, (39, 5, 4), dtype=np.uint8)
     labels = {"train_labels": np.arange(30) % 3, "test_labels": np.arange(9, dtype=np.uint8) % 3}
     return {"train_images": images[:30], "test_images": images[30:], **labels, **changes}
+
+
+def test_what_was_taken_for_channels_is_said(tmp_path, caplog):
+    sizes = {"train_images": (30, 8, 6, 3), "test_images": (9, 8, 6, 3)}  # channels last
+    np.savez(tmp_path / "mine.npz", **own_arrays(**{name: np.zeros(size, np.uint8) for name, size in sizes.items()}))
+    caplog.set_level(logging.INFO, "g2gnet")
+    load_dataset(dataset_name(tmp_path / "mine.npz"), tmp_path)
+    assert caplog.messages == ["Data: 30 training and 9 test samples, [channels, height, width] = [8, 6, 3], 3 classes"]
+
+
+def test_a_part_of_a_file_is_named(tmp_path):
+    np.savez(tmp_path / "mine.npz", **own_arrays())
+    content = (tmp_path / "mine.npz").read_bytes()
+    (tmp_path / "mine.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match="it is no whole file of numpy"):
+        load_dataset(dataset_name(tmp_path / "mine.npz"), tmp_path)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])

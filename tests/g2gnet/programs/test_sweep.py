@@ -148,6 +148,10 @@ def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(made,
 def test_means_have_standard_errors_and_held_out_images_decide_where_there_are_some(made, tmp_path, thread):
     assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
     assert estimate([4.0]) == (4.0, None)
+    far, near = estimate([9.0, 9.5, 10.0]), estimate([3.0, 6.0])
+    assert near.level(estimate([1.0, 2.0, 6.0]))
+    assert not near.level(far)
+    assert not near.level(estimate([4.0]))
     for row in made[0].rows:
         ends = [end for each, end in made[0].ends if each.settings.p_inter == row.settings["p_inter"]]
         one, other = (100 * end["test_acc"] for end in ends)
@@ -163,7 +167,11 @@ def test_means_have_standard_errors_and_held_out_images_decide_where_there_are_s
         assert re.search(rf"\| 2 \| {100 * shown[0]:.2f} ± [\d.]+ \| {100 * shown[1]:.2f} ± ", table)
         means[row.label] = shown[0]
     best, told = max(means, key=means.__getitem__), held_out.as_dict()["best"]
-    assert table.endswith(f"was tested.\nBest: {best}, chosen on held-out images.")
+    assert f"was tested.\nBest: {best}, chosen on held-out images." in table
+    first, other = (row.estimate("best/val_acc") for row in held_out.rows)
+    assert table.endswith(
+        f"No certain difference (two standard errors) from {min(means, key=means.__getitem__)}."
+    ) == first.level(other)
     assert (told["by"], f"p_inter={told['settings']['p_inter']}") == ("best/val_acc", best)
     assert "validation accuracy" not in made[0].table()
     assert ", chosen on test images, so its accuracy is too high; give `validation=0.1`." in made[0].table()
@@ -343,7 +351,7 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsy
     assert [line.split(",")[:2] for line in lines] == [["0.1", "1"], ["0.3", "1"], ["0.1", "2"], ["0.3", "2"]]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert program.main([*flags, "--finished"]) == 0
-    assert made.table() in capsys.readouterr().out
+    assert made.table().replace("`validation=0.1`", "--validation 0.1") in capsys.readouterr().out
     for name in ("sweep.csv", f"{made.ends[0][0].folder.name}/log.txt"):
         assert program.main([*flags, "--finished", "--json", str(tmp_path / name)]) == 1
         assert f"will not replace {tmp_path / name}: it is one of the run's own files" in capsys.readouterr().err

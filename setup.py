@@ -70,7 +70,8 @@ class BuildKernels(build_ext):
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             what = f"the compiled CPU kernels were not built and will not be available: {error}"
             if output := getattr(error, "stderr", None):
-                what += f"\n{output}g2g: set CXX to a C++17 compiler that takes GCC's options, or `pip install ziglang`"
+                what += f"\n{output}g2g: if you did not change the sources, set CXX to a C++17 compiler that takes "
+                what += "GCC's options, or `pip install ziglang`"
             if os.environ.get("G2G_TARGET"):
                 raise CompileError(what) from error
             print(f"g2g: NOTE: {what}; then reinstall g2g.", file=sys.stderr)

@@ -29,6 +29,6 @@ def check_choice(name: str, value: Any, known: Iterable[str], more: str = "", of
 def unknown(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> str:
     """The message about an unknown value."""
     known = list(known)
-    near = difflib.get_close_matches(str(value), known, 1)
+    near = difflib.get_close_matches(str(value), [each for each in known if not each.isdigit()], 1)
     choices = f"{', '.join(known)}{more and ', or '}{more}{f'; did you mean {near[0]}?' if near else ''}"
     return f"{name}={_SHORT.repr(value)}{of} is unknown; choose one of {choices}"

@@ -598,18 +598,18 @@ def shapes_of(
 ) -> dict[str, Shape] | None:
     """The shape of each population, and of the input; None if it follows from inputs that have not come yet. Raises
     ValueError for sizes that do not match."""
-    known: dict[str, tuple[str, Shape]] = {}  # and the connection that says it
+    known: dict[str, tuple[str, Shape]] = {}  # and what says it
     if input_shape is not None:
-        known["input"] = "input_shape", input_shape
+        known["input"] = f"input_shape is {list(input_shape)}", input_shape
 
     def note(end: str, name: str, side: str, shape: Shape) -> None:
-        which, expected = known.setdefault(end, (name, shape))
+        this = f"{name} has {shape[0] if len(shape) == 1 else list(shape)} {side}"
+        other, expected = known.setdefault(end, (this, shape))
         both = len(shape) == len(expected)
         if (shape != expected) if both else (math.prod(shape) != math.prod(expected)):
-            mine, theirs = (each[0] if len(each) == 1 else list(each) for each in (shape, expected))
-            raise ValueError(f"{name} has {mine} {side}, but {end} has {theirs} neurons for {which}")
+            raise ValueError(f"{this}, but {other}; these are the same neurons, of {end}")
         if not both and len(shape) == 3:
-            known[end] = name, shape
+            known[end] = this, shape
 
     for name, each in projections.items():
         path, layer, _ = parts[name]

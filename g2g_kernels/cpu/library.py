@@ -89,7 +89,8 @@ def _table(text: str, options: Mapping[str, str]) -> dict[str, str]:
 
 def _difference(said: str) -> str | None:
     """The first difference between the library's table and this package, or None."""
-    lines = dict(line.split(": ", 1) for line in said.splitlines())
+    parts = (line.partition(":") for line in said.splitlines())
+    lines = {name: text.strip() for name, _, text in parts}
     theirs = _table(lines.pop("structures", ""), lines)
     ours = _table(declarations(), {name: " ".join(names) for name, names in OPTIONS.items()})
     for name in (*theirs, *ours):

@@ -139,7 +139,12 @@ class DSTScheduler:
                 )
         elif schedule != "constant" or stop != 1.0 or final_density is not None:
             raise ValueError(f"{schedule=}, {stop=} and {final_density=} need total_steps, those of the whole training")
-        named = dict(model.named_modules() if isinstance(model, nn.Module) else enumerate(model))
+        inside = {} if network is None else {module: name for name, module in network.named_modules()}
+        named = (
+            dict(model.named_modules())
+            if isinstance(model, nn.Module)
+            else {inside.get(layer, number): layer for number, layer in enumerate(model)}
+        )
         self._model = model if isinstance(model, nn.Module) else None
         self.layers = [module for module in named.values() if isinstance(module, SparseLayer)]
         if self._model is None and len(self.layers) < len(named):

@@ -62,6 +62,12 @@ def test_a_library_with_other_options_of_neurons_is_refused(name, names, differe
     assert re.search(rf"\({difference}", _reason())
 
 
+def test_a_model_may_have_no_decays():
+    said = library.library().g2g_interface().decode()
+    difference = library._difference(said.replace("lif.decays: beta", "lif.decays:", 1))
+    assert difference == "lif.decays is '' there and 'beta' here"
+
+
 def test_a_field_that_there_is_none_of_is_refused():
     with pytest.raises(AttributeError, match="gain"):
         structures.Layer(gain=1)

@@ -392,7 +392,7 @@ def test_sizes_follow_from_the_first_images_and_stay():
     assert torch.equal(stack(input_shape=(2, 8, 8))(X.flatten(2)), expected)
     with pytest.raises(ValueError, match=r"images \[2, 9, 8\], and this network was made for \[2, 8, 8\]"):
         net(torch.zeros(3, 2, 9, 8))
-    with pytest.raises(ValueError, match=r"conv2 has \[6, 5, 4\] outputs, but lif2 has 96 neurons"):
+    with pytest.raises(ValueError, match=r"conv2 has \[6, 5, 4\] outputs, but fc3 has 96 inputs"):
         copied(torch.zeros(3, 2, 10, 8))
     again = stack()
     again.load_state_dict(saved_and_read(net.state_dict()))

@@ -96,8 +96,8 @@ WRONG_VALUES = [
     (lambda: OWN().simulate(torch.rand(7, 4, 30)), r"or call predict\(samples\), which standardises"),
     # of stacks
     (lambda: SpikingStack([]), "layers is empty"),
-    (lambda: SpikingStack([(layer(), LIF()), (layer(), LIF())]), "fc2 has 3 inputs, but lif1 has 4 neurons for fc1"),
-    (lambda: SpikingStack([(layer(), LIF(), layer(4, 5, bias=False))]), "rec1 has 5 inputs, but lif1 has 4 neurons"),
+    (lambda: SpikingStack([(layer(), LIF()), (layer(), LIF())]), "fc2 has 3 inputs, but fc1 has 4 outputs; .* of lif1"),
+    (lambda: SpikingStack([(layer(), LIF(), layer(4, 5, bias=False))]), "rec1 has 5 inputs, but fc1 has 4 outputs"),
     (lambda: SpikingStack([(layer(), LIF(), layer(4, 4))]), "rec1 has a bias"),
     (lambda: G2GLinear.from_scipy(MATRIX.astype(complex)), "complex"),
     (lambda: G2GLinear.from_scipy(MATRIX, bias=torch.zeros(3)), r"bias has shape \[3\], the layer 4 outputs"),

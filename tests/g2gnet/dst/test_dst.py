@@ -563,6 +563,9 @@ def test_layers_that_no_update_changes_are_named_at_construction(caplog):
         caplog.clear()
         dst = DSTScheduler(model, optimizer, **options)
         assert caplog.messages == [frozen.format(names[0]), whole.format(names[1])]
+    caplog.clear()
+    DSTScheduler(sparse_layers(net), optimizer, **options, network=net)
+    assert caplog.messages == [frozen.format("fc1"), whole.format("fc2")]
     units = [layer.mask.flat_unit().clone() for layer in sparse_layers(net)]
     assert dst.step()
     now = [layer.mask.flat_unit() for layer in sparse_layers(net)]

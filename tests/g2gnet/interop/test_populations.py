@@ -326,7 +326,7 @@ def test_masks_are_given_by_the_names_of_nodes_and_dots_become_modules():
         (two_areas(c=lif(6)), "node c receives nothing; join it to the input by a Linear or Affine node"),
         (two_areas(w2=nir.Linear(np.ones((6, 8)), metadata={"g2g_name": np.ones(3)})),
          r"'\[1\. 1\. 1\.\]' cannot name a module; give a name without dots"),
-        (two_areas([("a", "w"), ("w", "b")], w=linear(6, 7)), "w has 7 inputs, but a has 8 neurons"),
+        (two_areas([("a", "w"), ("w", "b")], w=linear(6, 7)), "w has 7 inputs, but w1 has 8 outputs"),
         (two_areas([("a", "forward"), ("forward", "b")], forward=linear(6, 8)), "'forward' is already an attribute"),
         (two_areas(a=nir.NIRGraph({"x": IN, "y": IN, "lif": lif(8)}, [("x", "lif"), ("y", "lif")], type_check=False)),
          "the graph a has 2 inputs; a network takes graphs with one"),

@@ -248,10 +248,11 @@ def g2g_images(call: Call, again: Callable[[Call], Activity]) -> Activity:
         trains.append(ImageSpikes(next(words), layer.shape))
         if layer.pool is not None:
             next(words)
-    found = Activity(spikes.sum(0), (), (), states=())
     if rest:
         behind = [_behind(population, length, layers[-1].pool) for population in rest]
         found = again(replaced(call, x=spikes, populations=tuple(behind), steps=None))
+    else:
+        found = Activity(spikes.sum(0), (), (), states=())
     assert found.states is not None
     nothing = (None,) * length
     return replaced(

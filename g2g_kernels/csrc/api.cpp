@@ -85,7 +85,7 @@ int64_t size(const Convolution& a) {
     if (a.sample) return 0;
     return a.images * (int64_t{a.channels} * a.height * a.width + int64_t{a.out_channels} * a.out_height * a.out_width);
 }
-int64_t size(const ImageLayer& a) { return size(a.convolution); }
+int64_t size(const ImageLayer& a) { return size(a.convolution) + (a.below ? size(*a.below) : 0); }
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
 int64_t size(const ListNetwork& a) {
     int64_t neurons = 0;

@@ -12,6 +12,8 @@
 // reaches no neuron, e_t is 0 whatever σ' is.
 #pragma once
 
+#include <functional>
+
 #include "convolution.h"
 #include "neurons.h"
 #include "parameters.h"
@@ -301,6 +303,8 @@ struct ImageBackward : LayerShape {
     int64_t left, top;  // of the frame that holds δ
     float* of_sent;     // [workers][pixels behind the windows][lanes]
     uint64_t* reaches;  // [workers] a row of words
+    const float* sent;  // of a layer above, [workers][steps][pixels behind the windows][lanes], in place of a.grad_spikes; null: none
+    float* below;  // for the layer below, [workers][steps][pixels][in_lanes]; null: none
     float* own;  // [workers][pixels][padded] of δ where currents are maxima, whose frame holds what each pixel of the convolution gets
     // [pixels][lanes] of ∂L/∂rates in each step; [workers][pixels][in_lanes] of ∂x_{t+1}; [workers][pixels][padded] of Σ δ_t; of each
     // worker a row of pixels; of each sample [padded] of ∂b; of each sample ∂β and ∂θ
@@ -318,12 +322,14 @@ struct ImageBackward : LayerShape {
 
     // The gradients of what is sent in a step, [pixels behind the windows][lanes]; numbers of no meaning if there are none.
     const float* grads_of(const Frame& at) const {
-        const int64_t number = at.t * a.count + at.b - a.first;
-        if (!a.grad_sent) return a.grad_spikes ? a.grad_spikes + number * pooled_pixels * lanes : states(at.t, at.b, 0);
-        const Images sent{outputs.channels, 1, a.pooled_rows, a.pooled_columns, 1, false};
+        if (sent) return sent + (at.worker * a.steps + at.t) * pooled_pixels * lanes;
+        if (a.grad_spikes) return a.grad_spikes + (at.t * a.count + at.b - a.first) * pooled_pixels * lanes;
+        if (!a.grad_sent) return states(at.t, at.b, 0);
+        const Images of_layer{outputs.channels, 1, a.pooled_rows, a.pooled_columns, 1, false};
+        const float* const from = a.grad_sent + frame(at.t, at.b) * of_layer.floats;
         float* const grads = of_sent + at.worker * pooled_pixels * lanes;
-        for (int64_t y = 0; y < sent.height; ++y)
-            LayerShape::load_row(sent, a.grad_sent + frame(at.t, at.b) * sent.floats, y, 0, sent.channels, grads + y * sent.width * lanes, lanes);
+        for (int64_t y = 0; y < of_layer.height; ++y)
+            LayerShape::load_row(of_layer, from, y, 0, of_layer.channels, grads + y * of_layer.width * lanes, lanes);
         return grads;
     }
 
@@ -337,7 +343,7 @@ struct ImageBackward : LayerShape {
         const int64_t pooled_y = y / a.window_rows, upper = pooled_y * a.window_rows;
         const int64_t bottom = y == upper ? least(cells.height, upper + a.window_rows) : y + 1;
         zero(reached, cells.width * words * sizeof(uint64_t));
-        if (pooled_y >= a.pooled_rows || !(a.grad_spikes || a.grad_sent)) return;
+        if (pooled_y >= a.pooled_rows || !(sent || a.grad_spikes || a.grad_sent)) return;
         for (int64_t pooled_x = 0; pooled_x < a.pooled_columns; ++pooled_x) {
             const int64_t left = pooled_x * a.window_columns, right = least(cells.width, left + a.window_columns);
             for (int64_t w = 0; w < words; ++w) {
@@ -529,8 +535,7 @@ struct ImageBackward : LayerShape {
         const uint8_t* const of_list = &valued;
         const auto give = [&](int64_t y, int64_t first, int64_t n) {
             const float* const from = to + y * inputs.width * a.in_lanes + first;
-            const int64_t number = at.t * a.count + at.b - a.first;
-            float* const out = a.grad_inputs ? a.grad_inputs + (number * inputs.pixels + y * inputs.width) * a.in_lanes + first : nullptr;
+            float* const out = below ? below + ((at.worker * a.steps + at.t) * inputs.pixels + y * inputs.width) * a.in_lanes + first : nullptr;
             for (int64_t x = 0; x < inputs.width && out; ++x)
                 for (int64_t i = x * a.in_lanes; i < x * a.in_lanes + n; i += W) store(out + i, load(from + i));
             if (a.convolution.grad_x)
@@ -592,13 +597,15 @@ struct ImageBackward : LayerShape {
             whole ? step<S, true>(at) : step<S, false>(at);
             chunk.image = frame(at.t, b);
             if (a.grad_weight) chunk.add_group(0, to);
-            if (a.grad_inputs || a.convolution.grad_x) give_inputs(at);
+            if (below || a.convolution.grad_x) give_inputs(at);
         }
         begin(at);
     }
 };
 
-inline void image_layer_backward(ImageLayer& a, Arena& arena) {
+// The backward pass of layers from `a` down, a sample at a time, through all of them. `above`: that of those above, which leaves
+// the gradients of what `a` sends in `sent`.
+inline void backward_from(ImageLayer& a, Arena& arena, const float* sent, const std::function<void(int64_t, int)>& above) {
     const Convolution& c = a.convolution;
     const LayerShape shape(a);
     const Images &inputs = shape.inputs, &outputs = shape.outputs;
@@ -621,9 +628,10 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
     const GatherBuffers buffers(of, 1, 1, c.threads, arena);
     const ScatterBuffers sums(weights, wide, tall, c.threads, arena);
     const EventRows lists(outputs, outputs.height, c.threads, arena);
+    float* const below = a.below ? arena.take<float>(c.threads * a.steps * inputs.pixels * a.in_lanes) : nullptr;
     const ImageBackward layer{shape, of, weights, events, buffers, sums, lists, left, top,
                               arena.take<float>(a.grad_sent ? c.threads * shape.pooled_pixels * a.lanes : 0),
-                              arena.take<uint64_t>(c.threads * shape.cells.width * shape.words),
+                              arena.take<uint64_t>(c.threads * shape.cells.width * shape.words), sent, below,
                               arena.take<float>(shape.merges() ? c.threads * shape.pixels * weights.padded : 0),
                               arena.take<float>(shape.pixels * a.lanes),
                               arena.take<float>(c.threads * inputs.pixels * a.in_lanes),
@@ -631,14 +639,17 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
                               arena.take<float>(c.threads * (outputs.width + 1) * a.lanes),
                               arena.take<float>(a.count * weights.padded),
                               arena.take<double>(2 * a.count)};
-    if (!arena.base) return;
+    if (!arena.base) {
+        if (a.below) backward_from(*a.below, arena, below, above);
+        return;
+    }
     if (c.sample) {
         const auto faster = [&](const ProductCost& cost, double bits) { return c.event_cost * cost.relative_in_layer(bits) <= 1; };
         a.convolution.grad_weight_by_events = c.grad_weight_by_events && faster(weights.cost(shape.input_rate(events)), shape.bits());
         a.convolution.grad_x_by_events = c.grad_x_by_events && faster(of.cost(layer.reached_rate()), 0);
         return;
     }
-    if (a.grad_inputs || c.grad_x) {
+    if (below || c.grad_x) {
         for (int64_t i = 0; i < outputs.channels * windows.channels && patched; ++i) {
             const int64_t channel = i % a.in_lanes, tap = i / a.in_lanes % taps, output = i / windows.channels;
             of_windows[i] = channel < inputs.channels ? c.weight[(output * inputs.channels + channel) * taps + tap] : 0.0f;
@@ -653,7 +664,14 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
     }
     choose(Surrogates{}, a.neurons.surrogate, [&](auto surrogate) {
         using S = std::conditional_t<infrequent<decltype(surrogate)>, AnySurrogate, decltype(surrogate)>;
-        parallel(c.threads, a.count, 1, [&](int64_t i, int worker) { layer.run<S>(a.first + i, worker); });
+        const auto run = [&](int64_t i, int worker) {
+            if (above) above(i, worker);
+            layer.run<S>(a.first + i, worker);
+        };
+        if (a.below)
+            backward_from(*a.below, arena, below, run);
+        else
+            parallel(c.threads, a.count, 1, run);
     });
     if (a.grad_weight) sum_parts(weights, sums, a.count, c.threads, true, a.grad_weight);
     for (int64_t i = 0; i < a.count; ++i) {
@@ -661,5 +679,7 @@ inline void image_layer_backward(ImageLayer& a, Arena& arena) {
         for (int k = 0; a.grad_neurons && k < 2; ++k) a.grad_neurons[k] += layer.neurons[2 * i + k];
     }
 }
+
+inline void image_layer_backward(ImageLayer& a, Arena& arena) { backward_from(a, arena, nullptr, {}); }
 
 }  // namespace g2g::G2G_ISA

@@ -174,10 +174,10 @@ struct ImageLayer {
     const float* state;       // [samples][N] before the first step; null: zeros
     // the backward pass, of the samples from `first` on, `count` of them, as frames t · count + b − first
     int32_t first, count;
-    const float* grad_spikes;  // [frames][pixels behind the windows][lanes]; null: zeros, or
+    ImageLayer* below;        // the layer that it receives, whose pass runs with this one, sample by sample; null: none
+    const float* grad_spikes;  // without a layer above, [frames][pixels behind the windows][lanes]; null: zeros, or
     const float* grad_sent;   // [steps][samples][channels][pixels behind the windows]
     const float *grad_rates, *grad_last;  // null: zeros
-    float* grad_inputs;       // out: [frames][pixels][in_lanes]; null: not wanted; of x, convolution.grad_x
     float *grad_weight, *grad_bias;  // in and out: this is added; null: not wanted
     float* grad_current;      // out, null: not wanted; images of frames t · current_samples + b − first, or `held` of samples b − first
     int32_t current_samples;

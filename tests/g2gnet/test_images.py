@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.cpu import library
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_stack import WAYS
+from g2g_kernels.ops.g2g_stack import WAYS, image_layers
 from g2g_kernels.ops.g2g_stack.image_layers import UNPACK, PackedImages
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import (
@@ -281,6 +281,42 @@ def test_random_networks_against_a_loop_in_float64(backend, poisoned):
 def test_random_chains_of_images_against_a_loop_in_float64(cost, poisoned, monkeypatch):
     monkeypatch.setattr(library, "CONVOLUTION_COST", cost)
     assert sum(check(seed, "cpu", chain=True) for seed in range(4, 8)) > 1000
+
+
+@on_cpu
+@pytest.mark.parametrize("dense", [(), (0,), (1,), (0, 2), (0, 1, 2)])  # layers whose products are dense
+def test_parts_of_a_batch_have_the_gradients_of_all(dense, poisoned, monkeypatch):
+    numbers = seeded(7)
+    sizes = (2, 8), (8, 20), (20, 6)
+    layers = [(exact(G2GConv2d(*each, 3, padding=1), numbers), LIF(beta=0.5, threshold=0.5)) for each in sizes]
+    net = SpikingStack([layers[0], nn.MaxPool2d(2), *layers[1:]], 4)
+    x = (torch.rand(4, 5, 2, 8, 8, generator=numbers) < 0.4).float().requires_grad_()
+    slope = torch.randn(5, 6 * 16, generator=numbers)
+    arguments_of, chained = image_layers._arguments, image_layers._run_backward
+    chains: list[int] = []
+
+    def with_cost(call, of, *more, **options):
+        arguments = arguments_of(call, of, *more, **options)
+        number = next(number for number, layer in enumerate(call.layers) if layer is of.layer)
+        arguments.convolution.event_cost = float("inf") if number in dense else 0.0
+        return arguments
+
+    def counted(call, chain, *more):
+        chains.append(len(chain))
+        return chained(call, chain, *more)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((net(x) * slope).sum(), [x, *net.parameters()])
+
+    monkeypatch.setattr(image_layers, "_arguments", with_cost)
+    monkeypatch.setattr(image_layers, "_run_backward", counted)
+    whole = gradients()
+    assert chains == {(): [3], (0,): [3], (1,): [2, 1], (0, 2): [1, 2], (0, 1, 2): [1, 1, 1]}[dense]
+    monkeypatch.setattr(image_layers, "MOST_SUMS", 1)  # a sample for each thread
+    torch.set_num_threads(2)
+    for found, wanted in zip(gradients(), whole, strict=True):
+        assert torch.equal(found, wanted) or (dense and torch.allclose(found, wanted, rtol=1e-5, atol=1e-5))
+    assert len(chains) == 4 * (1 + len({*dense} - {0}))
 
 
 @on_cpu

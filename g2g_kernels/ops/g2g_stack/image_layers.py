@@ -9,7 +9,7 @@ of each layer these, behind its windows, too, if there are any, and the membrane
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import Structure
+from ctypes import Structure, addressof
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -53,7 +53,8 @@ from g2g_kernels.tracing import replaced
 
 #: numbers that a pixel's channels take in what passes between layers are a multiple of this
 LANES = 16
-#: bytes of the gradients between two layers that are there at a time, and of the sums of a weight's gradient
+#: bytes of the gradients between two layers that are there at a time, where products are dense, and of the sums of the
+#: weights' gradients
 MOST_BETWEEN, MOST_SUMS = 8 << 20, 64 << 20
 #: places of a window of which the maximum is a current
 MOST_MERGED = 256
@@ -247,10 +248,11 @@ def g2g_images(call: Call, again: Callable[[Call], Activity]) -> Activity:
         trains.append(ImageSpikes(next(words), layer.shape))
         if layer.pool is not None:
             next(words)
-    found = Activity(spikes.sum(0), (), (), states=())
     if rest:
         behind = [_behind(population, length, layers[-1].pool) for population in rest]
         found = again(replaced(call, x=spikes, populations=tuple(behind), steps=None))
+    else:
+        found = Activity(spikes.sum(0), (), (), states=())
     assert found.states is not None
     nothing = (None,) * length
     return replaced(
@@ -521,7 +523,7 @@ def _shapes(call: ImagesCall, keep: bool) -> list[Output | list[Output]]:
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, kept, (grad_spikes, *of_layers), _ = given
-    count, (steps, batch), sizes = len(call.layers), _lead(call), list(_sizes(call))
+    count, (_, batch), sizes = len(call.layers), _lead(call), list(_sizes(call))
     of_words, of_states, _ = map(len, _kept_shapes(call))
     words, states = _words_of(call, kept[:of_words]), kept[of_words : of_words + of_states]
     choices = _choices_of(call, kept[of_words + of_states :])
@@ -532,29 +534,28 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
             if each is not None:
                 each.zero_()
         sums.append(torch.zeros(2, dtype=torch.float64))
-    together = _together(call, sizes)
+    passes = []
+    for number, (of, grad) in enumerate(zip(sizes, to.layers, strict=True)):
+        arguments = _arguments(call, of, words[number], first=number == 0)
+        arguments.states, arguments.choices = states[number].data_ptr(), pointer(choices[number])
+        arguments.grad_rates, arguments.grad_last = pointer(of_layers[number]), pointer(of_layers[count + number])
+        arguments.grad_bias, arguments.grad_state = pointer(grad.bias), pointer(grad.state)
+        if any([each is not None for each in grad.neurons.parameters]):
+            arguments.grad_neurons = sums[number].data_ptr()
+        passes.append(_Pass.of_layer(of, arguments, words[number][0], grad.weight, number > 0 or to.x is not None))
+    passes[-1].arguments.grad_sent = pointer(grad_spikes)
+    together = _together(call, passes)
     for first in range(0, batch, together):
-        some = min(together, batch - first)
+        some = slice(first, min(first + together, batch))
         received: torch.Tensor | None = None
-        for number in range(count - 1, -1, -1):
-            of, layer, grad = sizes[number], call.layers[number], to.layers[number]
-            arguments = _arguments(call, of, words[number], first=number == 0)
-            arguments.states, arguments.choices = states[number].data_ptr(), pointer(choices[number])
-            arguments.first, arguments.count = first, some
-            arguments.grad_spikes = pointer(received)
-            arguments.grad_sent = pointer(grad_spikes) if number + 1 == count else None
-            arguments.grad_rates, arguments.grad_last = pointer(of_layers[number]), pointer(of_layers[count + number])
-            arguments.grad_bias, arguments.grad_state = pointer(grad.bias), pointer(grad.state)
-            if any([each is not None for each in grad.neurons.parameters]):
-                arguments.grad_neurons = sums[number].data_ptr()
-            below = workspace.empty((steps, some, math.prod(of.source[1:]), of.in_lanes)) if number else to.x
-            if layer.weight is not None:
-                _run_backward(call, of, arguments, words[number][0], grad.weight, below)
-                received = below
-                continue
-            if below is not None:  # the current
-                arguments.grad_current, arguments.current_samples = below[..., first:, :].data_ptr(), batch
-            run(library().g2g_image_layer, arguments, backward=True)
+        chain: list[_Pass] = []
+        for each in reversed(passes):
+            each.arguments.first, each.arguments.count = first, some.stop - first
+            if chain:
+                chain[-1].arguments.below = addressof(each.arguments)
+            chain.append(each)
+            if each.dense_x or each is passes[0]:
+                received, chain = _run_backward(call, chain, some, received, to.x), []
     for layer, own, (to_beta, to_theta) in zip(call.layers, to.layers, sums, strict=True):
         beta, (grad_beta, grad_theta) = layer.neurons.parameters[0], own.neurons.parameters
         if grad_beta is not None:  # nothing where the decay is clamped
@@ -564,57 +565,92 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return grads
 
 
-def _run_backward(
-    call: ImagesCall,
-    of: _Sizes,
-    arguments: Structure,
-    words: torch.Tensor | None,
-    grad_weight: torch.Tensor | None,
-    below: torch.Tensor | None,
-) -> None:
-    """The backward pass of a layer in the samples that its ``arguments`` say; its gradients of the weight, which are
-    added to ``grad_weight``, and of its inputs, to ``below``, are computed by events where that is faster."""
-    convolution, first, count = arguments.convolution, arguments.first, arguments.count
-    convolution.grad_x_by_events, convolution.grad_weight_by_events = below is not None, grad_weight is not None
-    convolution.sample = True
-    run(library().g2g_image_layer, arguments, backward=True)
-    convolution.sample = False
-    dense_x = below is not None and not convolution.grad_x_by_events
-    dense_weight = grad_weight is not None and not convolution.grad_weight_by_events
-    if not dense_weight:
-        arguments.grad_weight = pointer(grad_weight)
-    if not dense_x and words is None:
-        convolution.grad_x = pointer(below)
-    elif not dense_x:
-        arguments.grad_inputs = pointer(below)
-    if not (dense_x or dense_weight):
+class _Pass(NamedTuple):
+    """The backward pass of a layer: its sizes and arguments; its inputs, words or None for the images of the call; the
+    gradient of its weight, which is added to, or None; and whether this and that of its inputs are dense products."""
+
+    of: _Sizes
+    arguments: Structure
+    words: torch.Tensor | None
+    grad_weight: torch.Tensor | None
+    dense_weight: bool
+    dense_x: bool
+
+    @classmethod
+    def of_layer(
+        cls,
+        of: _Sizes,
+        arguments: Structure,
+        words: torch.Tensor | None,
+        grad_weight: torch.Tensor | None,
+        want_x: bool,
+    ) -> "_Pass":
+        """A sample of its inputs and membranes says which products are faster by events."""
+        if of.layer.weight is None:
+            return cls(of, arguments, words, None, False, False)
+        convolution, want_weight = arguments.convolution, grad_weight is not None
+        convolution.grad_x_by_events, convolution.grad_weight_by_events = want_x, want_weight
+        convolution.sample = True
         run(library().g2g_image_layer, arguments, backward=True)
-        return
-    channels, rows, columns = of.given
-    (steps, _), weight, options = _lead(call), of.layer.weight, [list(each) for each in _options(of.layer)[:3]]
-    delta = workspace.empty((steps * count, rows, columns, channels))
-    arguments.grad_current, arguments.current_samples, convolution.y_last = delta.data_ptr(), count, True
-    run(library().g2g_image_layer, arguments, backward=True)
-    some = slice(first, first + count)
-    operands = delta.permute(0, 3, 1, 2), _images(call, of, words, some), weight
-    of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-        *operands, None, *options, False, [0, 0], 1, [dense_x, dense_weight, False]
-    )
-    if grad_weight is not None and dense_weight:
-        grad_weight += of_weight
-    if below is not None and dense_x and words is None:
-        below[:, some] = of_x.reshape(steps, count, -1)
-    elif below is not None and dense_x:
-        below[..., : of.source[0]] = of_x.permute(0, 2, 3, 1).reshape(steps, count, -1, of.source[0])
+        convolution.sample = False
+        dense_weight = want_weight and not convolution.grad_weight_by_events
+        if not dense_weight:
+            arguments.grad_weight = pointer(grad_weight)
+        return cls(of, arguments, words, grad_weight, dense_weight, want_x and not convolution.grad_x_by_events)
 
 
-def _together(call: ImagesCall, sizes: Sequence[_Sizes]) -> int:
+def _run_backward(
+    call: ImagesCall, chain: Sequence[_Pass], some: slice, received: torch.Tensor | None, grad_x: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The backward pass of layers, each of which receives the next one, in some samples. ``received`` are the gradients
+    of what the first sends. Returns those of what the last receives, or, of the inputs of the call, gives ``grad_x``
+    them."""
+    (steps, batch), count = _lead(call), some.stop - some.start
+    chain[0].arguments.grad_spikes = pointer(received)
+    deltas: list[torch.Tensor | None] = []
+    for of, arguments, words, *_, dense_weight, dense_x in chain:
+        delta = None
+        if dense_weight or dense_x:
+            channels, rows, columns = of.given
+            delta = workspace.empty((steps * count, rows, columns, channels))
+            arguments.grad_current, arguments.current_samples = delta.data_ptr(), count
+            arguments.convolution.y_last = True
+        deltas.append(delta)
+        if words is None and of.layer.weight is not None and not dense_x:
+            arguments.convolution.grad_x = pointer(grad_x)
+        elif grad_x is not None and of.layer.weight is None:  # the current
+            arguments.grad_current, arguments.current_samples = grad_x[..., some, :].data_ptr(), batch
+    run(library().g2g_image_layer, chain[0].arguments, backward=True)
+    below = None
+    for (of, _, words, grad_weight, dense_weight, dense_x), delta in zip(chain, deltas, strict=True):
+        if delta is None:
+            continue
+        operands = delta.permute(0, 3, 1, 2), _images(call, of, words, some), of.layer.weight
+        options = [list(each) for each in _options(of.layer)[:3]]
+        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
+            *operands, None, *options, False, [0, 0], 1, [dense_x, dense_weight, False]
+        )
+        if dense_weight:
+            grad_weight += of_weight
+        if dense_x and words is None:
+            assert grad_x is not None
+            grad_x[:, some] = of_x.reshape(steps, count, -1)
+        elif dense_x:
+            below = workspace.empty((steps, count, math.prod(of.source[1:]), of.in_lanes))
+            below[..., : of.source[0]] = of_x.permute(0, 2, 3, 1).reshape(steps, count, -1, of.source[0])
+    return below
+
+
+def _together(call: ImagesCall, passes: Sequence[_Pass]) -> int:
     """Samples whose gradients are computed together: as many for each thread. Sums over samples are in order, whatever
     this is."""
     (steps, _), threads = _lead(call), torch.get_num_threads()
-    between = max([4 * steps * of.source[1] * of.source[2] * of.in_lanes for of in sizes])
-    sums = max([4 * _lanes(of.layer.weight.numel()) for of in sizes if of.layer.weight is not None], default=1)
-    return max(1, min(MOST_BETWEEN // between, MOST_SUMS // sums) // threads) * threads
+    sums = sum([4 * _lanes(each.of.layer.weight.numel()) for each in passes if each.of.layer.weight is not None])
+    most = MOST_SUMS // max(1, sums)
+    if any([each.dense_x or each.dense_weight for each in passes]):
+        of_pixel = [each.of.in_lanes * math.prod(each.of.source[1:]) for each in passes]
+        most = min(most, MOST_BETWEEN // (4 * steps * max(of_pixel)))
+    return max(1, most // threads) * threads
 
 
 def _plain(call: ImagesCall) -> list[torch.Tensor]:

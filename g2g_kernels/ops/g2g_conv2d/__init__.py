@@ -89,6 +89,7 @@ def pair_of(name: str, given: int | Sequence[int], low: int) -> Pair:
     both = tuple(given) if isinstance(given, Sequence) else (given, given)
     if len(both) != 2:
         raise ValueError(f"{name}={given!r} must be one number or two, (of rows, of columns)")
+    kind = Number(low, whole=True)
     for each in both:
-        Number(low, whole=True).check(name, each)
+        kind.check(name, each)
     return both[0], both[1]

@@ -167,7 +167,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         made |= {"grad_weight": of_weight.contiguous()} if left[1] else {}
     if any(want_bias) and bias is None:
         bias = grad_y.sum((0, 1, 2) if call.last else (0, 2, 3))
-    return given.aligned(call._replace(x=made.get("grad_x"), weight=made.get("grad_weight"), bias=bias))
+    return [made.get("grad_x"), made.get("grad_weight"), *([] if call.bias is None else [bias])]
 
 
 def _shapes(call: ConvolutionCall, keep: bool) -> list[Output]:

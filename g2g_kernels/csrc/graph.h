@@ -3,15 +3,18 @@
 //
 // A block is some steps of one population. Forward, a task computes the currents of 64 lanes of some samples at these steps, by
 // events, and runs their neurons, whose spikes go to where and when they arrive. Backward, in the reverse order and for some
-// samples at a time: the neurons, then for each connection to them the input gradient, which is added to ∂L/∂S of the source
-// at the steps in which it was sent. Weight gradients follow, of all steps at once.
+// samples at a time: the neurons, then for each connection to them the input gradient, which is added to a line of ∂L/∂S of the
+// source at the steps in which it was sent. Weight gradients follow, of all steps at once.
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "batch.h"
+#include "delays.h"
 #include "events.h"
 #include "input_gradient.h"
 #include "parallel.h"
@@ -292,24 +295,18 @@ alignas(64) constexpr float kNothing[kGradientSamples * kLanes] = {};
 
 // What a population needs for a slice of samples.
 struct PopulationSlice {
-    int64_t before, steps;  // before the first: those in which the population sent something; of the call
     Panel<float> rows;      // ∂L/∂I at all steps, [row blocks][samples · T][64]
-    Panel<float> arrived;   // ∂L/∂S at all steps, [row blocks][samples · (before + T)][64]; 0 again once it is used
-    float* constant;        // [row blocks][samples][64] its part that no step changes
+    float* constant;        // [row blocks][samples][64] the part of ∂L/∂S that no step changes
     float* edges;           // [row blocks][samples][states][64], what reaches the states before the last step so far
     int64_t samples;        // there is room for
 
-    PopulationSlice(const Layer& layer, const Slices& slices, Arena& arena)
-        : before(layer.sent ? layer.sent_steps : 0), steps(slices.steps), samples(slices.samples) {
-        const int64_t R = layer.plan->rows.blocks, all = samples * (before + steps);
+    PopulationSlice(const Layer& layer, const Slices& slices, Arena& arena) : samples(slices.samples) {
+        const int64_t R = layer.plan->rows.blocks;
         rows = {arena.take<float>(R * slices.rows() * kLanes), slices.rows()};
-        arrived = {arena.take<float>(R * all * kLanes), all};
         constant = arena.take<float>(R * samples * kLanes);
         edges = arena.take<float>(R * samples * model_info(layer.neurons).states * kLanes);
     }
 
-    // ∂L/∂S of a sample of the slice, from the first step on.
-    float* arrived_at(int64_t r, int64_t b) const { return arrived.at(r, b * (before + steps) + before); }
     float* constant_at(int64_t r, int64_t b) const { return constant + (r * samples + b) * kLanes; }
     float* edge_at(int64_t r, int64_t b, int64_t states) const { return edges + (r * samples + b) * states * kLanes; }
 };
@@ -319,47 +316,51 @@ struct GraphSlice {
     int64_t first = 0, samples = 0;
     bool used = false;  // before
     std::vector<PopulationSlice> populations;
-    DualPanel rows;       // ∂L/∂I of a block and some samples, [row blocks][samples · steps][64]
-    Panel<float> inputs;  // ∂L/∂S̃ of a connection at these steps
+    Panel<float> arrived;  // ∂L/∂S of a block and some samples, [row blocks][samples · steps][64]
+    DualPanel rows;        // ∂L/∂I at the same steps
+    Panel<float> inputs;   // ∂L/∂S̃ of a connection at the same steps
     Bands bands{nullptr, 0};
     std::optional<EventsByLane> events;  // of a connection
-    std::vector<Panel<float>> differences;  // of each connection, [samples · column blocks][T][64]; empty where no delays are learned
+    std::vector<float*> lines;         // of each connection
+    std::vector<Panel<float>> late;    // of each connection with learned delays ∂L/∂S̃ at all steps, [row blocks][samples · T][64]
+    float* room;                       // of each thread, for the gradients of delays
 };
 
 // A population in the backward pass.
 struct PopulationBackward : LayerBackward {
     const Outer& outer;
     KeptStates kept;
+    bool sends = false;  // ∂L/∂S depends on the step
 
     PopulationBackward(const Graph& g, int64_t l, Arena& arena)
-        : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l) {
+        : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l), sends(outer.grad_tail) {
         take_sums(g.stack.batch, arena);
     }
 
     // Before the last step: what reaches the population from outside.
     void begin(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int threads) const {
-        const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = slice.first;
         parallel_pairs(threads, plan.rows.blocks, slice.samples, 1, [&](int64_t r, int64_t b, int) {
-            alignas(64) float end[kLanes];
-            constant_part(s, first + b, r, x.constant_at(r, b));
-            float* const tile = x.arrived_at(r, b);
-            zero(tile - x.before * kLanes, (slice.used ? x.before : x.before + T) * kLanes * sizeof(float));
-            for (int64_t t = 0; outer.grad_tail && t < tail; ++t) {
-                load_block(plan.rows, r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
-                add(end, tile + (T - tail + t) * kLanes);
-            }
-            load_states(s, layer, layer.grad_last, first + b, r, x.edge_at(r, b, model.states));
-            clear(first + b, r);
+            constant_part(s, slice.first + b, r, x.constant_at(r, b));
+            load_states(s, layer, layer.grad_last, slice.first + b, r, x.edge_at(r, b, model.states));
+            clear(slice.first + b, r);
         });
+    }
+
+    // The part of ∂L/∂S of a sample at step t that comes from outside, [64] of block r.
+    void outside(const Stack& s, int64_t sample, int64_t r, int64_t t, float* out) const {
+        const int64_t B = s.batch, size = plan.rows.size, at = t - (s.steps - outer.tail_steps);
+        if (at >= 0) return load_block(plan.rows, r, outer.grad_tail + at * B * size, Rows{sample, 1, B, size}, 1, out);
+        zero(out, kLanes * sizeof(float));
     }
 
     static void add(const float* part, float* total) {
         for (int v = 0; v < kVecs; ++v) store(total + v * W, load(total + v * W) + load(part + v * W));
     }
 
-    // The neurons of block r of sample b of a slice, backwards over some steps; `out` [steps][64] gets ∂L/∂I, too.
+    // The neurons of block r of sample b of a slice, backwards over some steps; `tile` [steps][64] is ∂L/∂S (null: zeros), `out`
+    // gets ∂L/∂I, too.
     void run(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int64_t b, int64_t r, const GraphBlock& block,
-             float* out) const {
+             const float* tile, float* out) const {
         const int64_t sample = slice.first + b, at = (r * s.batch + sample) * kLanes;
         const int64_t begin = block.first, count = steps_of(block);
         alignas(64) float first[kMostStates * kLanes], sum[(1 + kMostParameters) * kLanes];
@@ -370,33 +371,29 @@ struct PopulationBackward : LayerBackward {
         for (int k = 0; k < model.parameters; ++k) grads.parameters[k] = sum + (1 + k) * kLanes;
         if (!begin && layer.state) load_states(s, layer, layer.state, sample, r, first), grads.first = first;
         const SampleParameters own(parameters, layer, sample, r);
-        float* const tile = x.arrived_at(r, b) + begin * kLanes;
         scan({tile, x.constant_at(r, b)}, states, count, own.block, steepness(layer.neurons), grads);
         __builtin_memcpy(x.rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
         add(sum, current + at);
         for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);
-        pass_on(s, sample, r, begin, count, out, tile, grads.edge);
+        pass_on(s, sample, r, begin, count, out, grads.edge);
     }
 
-    // After some steps of a block of a sample: ∂L/∂I and what reaches the first states go on; ∂L/∂S has been used.
-    void pass_on(const Stack& s, int64_t sample, int64_t r, int64_t begin, int64_t count, const float* out, float* tile,
-                 const float* edge) const {
-        zero(tile, count * kLanes * sizeof(float));
+    // After some steps of a block of a sample: ∂L/∂I and what reaches the first states go on.
+    void pass_on(const Stack& s, int64_t sample, int64_t r, int64_t begin, int64_t count, const float* out, const float* edge) const {
         if (outer.grad_current && !outer.held)
             store_block(plan.rows, r, out, Rows{sample, count, s.batch, plan.rows.size}, count,
                         outer.grad_current + begin * s.batch * plan.rows.size);
         if (!begin && layer.grad_state) store_states(s, layer, edge, sample, r, layer.grad_state);
     }
 
-    // The same of a block of one step, for some samples at once; `out` [samples][64].
+    // The same of a block of one step, for some samples at once; `tile` and `out` [samples][64].
     void run_step(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int64_t b, int64_t samples, int64_t r, int64_t t,
-                  float* out) const {
+                  const float* tile, float* out) const {
         const int64_t size = model.states * kLanes, first = slice.first + b, at = (r * s.batch + first) * kLanes;
         alignas(64) float begin[kGradientSamples * kMostStates * kLanes], unused[kLanes] = {};
         for (int64_t i = 0; !t && i < samples; ++i) load_states(s, layer, layer.state, first + i, r, begin + i * size);
         BackwardStep step{};
-        float* const tile = x.arrived_at(r, b) + t * kLanes;
-        step.tile = tile, step.tile_stride = (x.before + s.steps) * kLanes;
+        step.tile = tile, step.tile_stride = kLanes;
         step.constant = x.constant_at(r, b), step.constant_stride = kLanes;
         step.later = kNothing;
         step.now = kept.at(first, r, t), step.now_stride = kept.stride(t);
@@ -409,16 +406,7 @@ struct PopulationBackward : LayerBackward {
         step.compact = out, step.held = current + at;
         run_backward(parameters, layer, first, samples, r, step);
         for (int64_t i = 0; i < samples; ++i)
-            pass_on(s, first + i, r, t, 1, out + i * kLanes, tile + i * step.tile_stride, step.states + i * size);
-    }
-
-    // After the first step: what reaches the spikes that were sent before it.
-    void end(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int threads) const {
-        if (!outer.grad_sent) return;
-        parallel_pairs(threads, plan.rows.blocks, slice.samples, 1, [&](int64_t r, int64_t b, int) {
-            store_block(plan.rows, r, x.arrived_at(r, b) - x.before * kLanes, Rows{slice.first + b, x.before, s.batch, plan.rows.size},
-                        x.before, outer.grad_sent);
-        });
+            pass_on(s, first + i, r, t, 1, out + i * kLanes, step.states + i * size);
     }
 
     void finish(const Stack& s, double* totals) const {
@@ -428,88 +416,112 @@ struct PopulationBackward : LayerBackward {
     }
 };
 
-// A connection in the backward pass.
+constexpr int64_t kCachedLines = 1 << 17;  // numbers of the lines of a slice that stay in L2
+
+// A connection in the backward pass. ∂L/∂S̃ goes from the steps of arrival to those of sending by a line for each sample, a ring of
+// rows. Where lines do not stay in a near cache, lanes lie in the order of their delays: so nearly every vector has one delay and is
+// added to one row; in the order of the columns it would be added to as many as its lanes have delays. Both ways fetch the line of
+// the next sample.
 struct ConnectionBackward : ConnectionForward {
-    float* tiles;               // of the weight gradient
-    float* learned = nullptr;   // [column blocks][B][64], what each sample adds to the gradients of the delays; null: not wanted
+    float* tiles;         // of the weight gradient
     InputGradient gradient;
+    DelayGradient learned;
+    int64_t lanes, before, rows;  // of the line; steps before the first that matter
+    bool in_order;        // its lanes are those of the columns
+    int32_t* from;        // [lanes] where each lies among ∂L/∂S̃ of the columns, from the row's place in block 0
+    int32_t* place;       // [row lanes of the source] where each lies in the line; any place for padding
+    int32_t* column;      // [row lanes of the source] the same among ∂L/∂S̃
+    SameDelay* late_lanes;
 
     ConnectionBackward(const Graph& g, const Connection& connection, Arena& arena)
         : ConnectionForward(g, connection, arena),
           tiles(arena.take<float>(static_cast<size_t>(plan.tiles) * kTile)),
-          gradient(plan, connection.values, false, false, arena) {
-        if (connection.grad_delays) learned = arena.take<float>(int64_t{g.stack.batch} * plan.cols.blocks * kLanes);
+          gradient(plan, connection.values, false, false, arena),
+          lanes(int64_t{plan.cols.blocks} * kLanes),
+          before(g.outer[connection.source].grad_sent ? source.sent_steps : 0),
+          rows(most_open(g)),
+          from(arena.take<int32_t>(lanes)),
+          place(arena.take<int32_t>(int64_t{source.plan->rows.blocks} * kLanes)),
+          column(arena.take<int32_t>(int64_t{source.plan->rows.blocks} * kLanes)),
+          late_lanes(arena.take<SameDelay>(lanes)) {
+        learned.take(g.stack, source, connection, arena);
     }
 
-    void begin(const Stack& s) {
+    // The steps of the source that have a row at the same time, at most: those from the lowest that anything was added to up to those
+    // that were used, and those that are used at once.
+    int64_t most_open(const Graph& g) const {
+        const int64_t latest = *std::max_element(of.delays, of.delays + plan.cols.size);
+        int64_t used = g.stack.steps, lowest = used, open = most(1, before);
+        for (const GraphBlock* block = g.blocks + g.block_count; block-- > g.blocks;) {
+            if (block->population == of.source) used = block->first, open = most(open, steps_of(*block));
+            if (block->population == of.target) lowest = least(lowest, most(block->first - latest, -before));
+            open = most(open, used - lowest);
+        }
+        return open;
+    }
+
+    // For lines of so many samples; `column_rows` of a block of columns are those of ∂L/∂S̃.
+    void begin(const Stack& s, int64_t samples, int64_t column_rows) {
         gradient.load_product(s.threads);
         if (!straight) reorder_words(s, source, plan.cols, of.delays, inputs);
         zero_floats(tiles, int64_t{plan.tiles} * kTile, s.threads);
-        if (learned) zero_floats(learned, int64_t{s.batch} * plan.cols.blocks * kLanes, s.threads);
-    }
-
-    // Adds ∂L/∂S̃ of some steps, x [steps][64] of a column block of sample b of a slice, to ∂L/∂S of the source.
-    void arrive(const Axis& axis, const PopulationSlice& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
-        const int32_t* const late = delays + column * kLanes;
-        float* const own = aligned ? to.arrived_at(column, b) : nullptr;
-        for (int64_t t = block.first; aligned && t < block.last; ++t, x += kLanes) {
-            if (uniform) {
-                if (t - late[0] >= -to.before) PopulationBackward::add(x, own + (t - late[0]) * kLanes);
-                continue;
-            }
-            for (int lane = 0; lane < kLanes; ++lane)
-                if (t - late[lane] >= -to.before) own[(t - late[lane]) * kLanes + lane] += x[lane];
-        }
-        if (aligned) return;
-        float* target[kLanes];
-        for (int lane = 0; lane < kLanes; ++lane) {
-            const int32_t n = plan.cols.neuron[column * kLanes + lane], place = n < 0 ? 0 : axis.lane[n];
-            target[lane] = n < 0 ? nullptr : to.arrived_at(place / kLanes, b) + place % kLanes - late[lane] * int64_t{kLanes};
-        }
-        for (int64_t t = block.first; t < block.last; ++t, x += kLanes)
-            for (int lane = 0; lane < kLanes; ++lane)
-                if (target[lane] && t - late[lane] >= -to.before) target[lane][t * kLanes] += x[lane];
-    }
-
-    // Σ_{k=1..σ} (S[t − d − k] − S[t − d + k]) of a sample, out [column blocks][T][64], where S is 0 outside what is known: the
-    // sums over time of what each spike adds at four steps.
-    void differences(const Stack& s, int64_t sample, float* out) const {
+        if (lanes * column_rows > INT32_MAX) throw std::length_error("offsets have 32 bits");
         const Axis& axis = source.plan->rows;
-        const int64_t T = s.steps, width = of.delay_width;
-        zero(out, plan.cols.blocks * T * kLanes * sizeof(float));
-        const auto add = [&](int32_t n, int64_t step, float sent) {
-            const int64_t arrives = step + of.delays[n];
-            float* const lane = out + plan.cols.lane[n] / kLanes * T * kLanes + plan.cols.lane[n] % kLanes;
-            const auto from = [&](int64_t t, float x) {
-                if (t < T) lane[most(t, 0) * kLanes] += x;
-            };
-            from(arrives - width, -sent), from(arrives, sent), from(arrives + 1, sent), from(arrives + width + 1, -sent);
-        };
-        for (int64_t i = 0; source.sent && i < source.sent_steps; ++i)
-            for (int32_t n = 0; n < axis.size; ++n)
-                if (const float sent = source.sent[(i * s.batch + sample) * axis.size + n]) add(n, i - source.sent_steps, sent);
-        for (int64_t r = 0; r < axis.blocks; ++r)
-            for (int64_t t = 0; t < T; ++t)
-                for (uint64_t word = source.spikes[(sample * axis.blocks + r) * T + t]; word; word &= word - 1)
-                    add(axis.neuron[r * kLanes + __builtin_ctzll(word)], t, 1);
-        for (int64_t column = 0; column < plan.cols.blocks; ++column, out += T * kLanes)
-            for (int64_t t = 1; t < T; ++t) PopulationBackward::add(out + (t - 1) * kLanes, out + t * kLanes);
+        for (int64_t i = 0; i < axis.blocks * kLanes; ++i) place[i] = column[i] = 0;
+        std::vector<int32_t> order(lanes), late(lanes);
+        std::iota(order.begin(), order.end(), 0);
+        in_order = uniform || samples * line_size() <= kCachedLines;
+        if (!in_order) std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return delays[a] < delays[b]; });
+        for (int64_t i = 0; i < lanes; ++i) {
+            const int32_t lane = order[i], n = plan.cols.neuron[lane];
+            from[i] = static_cast<int32_t>(lane / kLanes * column_rows * kLanes + lane % kLanes);
+            late[i] = delays[lane];
+            if (n >= 0) place[axis.lane[n]] = static_cast<int32_t>(i), column[axis.lane[n]] = from[i];
+        }
+        by_delay(late.data(), lanes, late_lanes);
     }
 
-    // 1/(σ(σ + 1)) Σ_t ∂L/∂S̃[t] times these differences at the same steps.
-    void learn(const Stack& s, int64_t sample, int64_t column, const float* x, const float* differences, int64_t steps) const {
-        const Vec share = all(1.0f / static_cast<float>(of.delay_width * (of.delay_width + int64_t{1})));
-        float* const own = learned + (column * s.batch + sample) * kLanes;
-        for (int v = 0; v < kVecs; ++v) {
-            Vec sum{};
-            for (int64_t t = 0; t < steps; ++t) sum += load(x + t * kLanes + v * W) * load(differences + t * kLanes + v * W);
-            store(own + v * W, load(own + v * W) + share * sum);
+    int64_t line_size() const { return rows * lanes; }
+
+    // x[index[i]], which is one vector of x where `straight`.
+    static Vec chosen(bool straight, const float* x, const int32_t* index) { return straight ? load(x + *index) : gather(x, index); }
+
+    // Adds ∂L/∂S̃ at step t, a row x of the columns, to the line of a sample.
+    void arrive(const float* x, int64_t t, float* line) const {
+        const int64_t here = (before + t) % rows;
+        for (int64_t i = 0; i < lanes; i += W) {
+            const Vec arrived = chosen(in_order, x, from + i);
+            for (const SameDelay* of = late_lanes + i; of < late_lanes + i + W && of->bits && t - of->delay >= -before; ++of) {
+                const int64_t row = here - of->delay;
+                float* const target = line + (row < 0 ? row + rows : row) * lanes + i;
+                __builtin_prefetch(target + line_size());
+                store(target, add_chosen<0>(load(target), IntVec{} + static_cast<int32_t>(of->bits), arrived));
+            }
         }
+    }
+
+    // What the line of a sample has for step t becomes a row of ∂L/∂S of the source, or is `added` to it.
+    void leave(float* line, int64_t t, const Panel<float>& to, int64_t row, bool added) const {
+        line += (before + t) % rows * lanes;
+        for (int64_t r = 0; r < source.plan->rows.blocks; ++r)
+            for (int v = 0; v < kVecs; ++v) {
+                float* const own = to.at(r, row) + v * W;
+                __builtin_prefetch(line + line_size() + r * kLanes + v * W);
+                const Vec x = chosen(in_order && aligned, line, place + r * kLanes + v * W);
+                store(own, added ? load(own) + x : x);
+            }
+        zero(line, lanes * sizeof(float));
+    }
+
+    // Keeps a row x of ∂L/∂S̃ in the order of the source.
+    void keep(const float* x, const Panel<float>& to, int64_t row) const {
+        for (int64_t r = 0; r < source.plan->rows.blocks; ++r)
+            for (int v = 0; v < kVecs; ++v) store(to.at(r, row) + v * W, chosen(aligned, x, column + r * kLanes + v * W));
     }
 
     void finish(const Stack& s, double* totals) const {
         unpack_gradient(plan, tiles, s.threads, of.grad_values);
-        if (learned) lane_gradient({nullptr, of.grad_delays, true}, false, plan.cols, learned, s.batch, s.threads, totals);
+        learned.finish(s, totals);
     }
 };
 
@@ -520,27 +532,35 @@ struct GraphBackward {
     std::vector<PopulationBackward> populations;
     std::vector<ConnectionBackward> connections;
     std::vector<GraphSlice> at_once;  // slices whose blocks run at the same time
+    int64_t room_rows = 0;
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
         : g(graph), s(graph.stack), slices{s.batch, s.steps, least_samples(graph)}, at_once(count_at_once()) {
-        int64_t blocks = 0, most_rows = 0;
+        int64_t blocks = 0, most_rows = slices.samples;
         populations.reserve(s.count), connections.reserve(g.connection_count);
         for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, populations.emplace_back(g, l, arena).plan.rows.blocks);
-        for (int64_t i = 0; i < g.connection_count; ++i)
-            blocks = most(blocks, connections.emplace_back(g, g.connections[i], arena).plan.cols.blocks);
+        for (int64_t i = 0; i < g.connection_count; ++i) {
+            const ConnectionBackward& x = connections.emplace_back(g, g.connections[i], arena);
+            blocks = most(blocks, x.plan.cols.blocks), room_rows = most(room_rows, x.learned.room_rows(s.steps));
+            populations[x.of.source].sends = true;
+        }
         for (int64_t i = 0; i < g.block_count; ++i)
             most_rows = most(most_rows, samples_of(g.blocks[i], slices.samples) * steps_of(g.blocks[i]));
+        const int64_t apart = most_rows | 1;  // so that a row of all blocks does not lie in a few sets of the cache
         for (GraphSlice& slice : at_once) {
             for (const PopulationBackward& x : populations) slice.populations.emplace_back(x.layer, slices, arena);
+            slice.arrived = {arena.take<float>(blocks * apart * kLanes), apart};
             slice.rows = DualPanel(blocks, most_rows, false, arena);
-            slice.inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
+            slice.inputs = {arena.take<float>(blocks * apart * kLanes), apart};
             slice.events.emplace(blocks, slices.samples, s.steps, s.threads, arena);
             slice.bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
             for (const ConnectionBackward& x : connections) {
-                const int64_t tiles = x.of.grad_delays ? slices.samples * x.plan.cols.blocks : 0;
-                slice.differences.push_back({arena.take<float>(tiles * s.steps * kLanes), s.steps});
+                const int64_t kept = x.learned.out ? slices.rows() : 0;
+                slice.lines.push_back(arena.take<float>(slices.samples * x.line_size()));
+                slice.late.push_back({arena.take<float>(x.source.plan->rows.blocks * kept * kLanes), kept});
             }
+            slice.room = arena.take<float>(room_rows * kLanes * s.threads);
         }
         totals = arena.take<double>(blocks * kLanes);
     }
@@ -569,7 +589,7 @@ struct GraphBackward {
     }
 
     void run() {
-        for (ConnectionBackward& x : connections) x.begin(s);
+        for (ConnectionBackward& x : connections) x.begin(s, slices.samples, at_once[0].inputs.rows);
         const int64_t most_slices = at_once.size();
         for (int64_t first = 0; first < s.batch; first += most_slices * slices.samples) {
             const int64_t count = least(most_slices, divide_up(s.batch - first, slices.samples));
@@ -585,21 +605,52 @@ struct GraphBackward {
     }
 
     void run_slice(GraphSlice& slice, int threads) const {
+        const int64_t samples = slice.samples;
         for (size_t l = 0; l < populations.size(); ++l) populations[l].begin(s, slice, slice.populations[l], threads);
+        for (size_t i = 0; !slice.used && i < connections.size(); ++i)
+            zero_floats(slice.lines[i], slices.samples * connections[i].line_size(), threads);
         slice.used = true;
-        for (size_t i = 0; i < connections.size(); ++i) {
-            const ConnectionBackward& x = connections[i];
-            parallel(threads, x.learned ? slice.samples : 0, 1, [&](int64_t b, int) {
-                x.differences(s, slice.first + b, slice.differences[i].at(b * x.plan.cols.blocks, 0));
-            });
-        }
         for (int64_t i = g.block_count; i-- > 0;) {
             const GraphBlock& block = g.blocks[i];
             const int64_t most_samples = samples_of(block, slice.samples);
             for (int64_t b = 0; b < slice.samples; b += most_samples)
                 run_block(slice, block, b, least(most_samples, slice.samples - b), threads);
         }
-        for (size_t l = 0; l < populations.size(); ++l) populations[l].end(s, slice, slice.populations[l], threads);
+        for (size_t l = 0; l < populations.size(); ++l)
+            if (populations[l].outer.grad_sent)
+                parallel(threads, samples, 1, [&](int64_t b, int) { store_sent(slice, l, b); });
+        for (size_t i = 0; i < connections.size(); ++i) {
+            const DelayGradient& learned = connections[i].learned;
+            parallel_pairs(threads, learned.out ? learned.source->plan->rows.blocks : 0, samples, 1, [&](int64_t r, int64_t b, int worker) {
+                learned.add(s, slice.first + b, r, slice.late[i].at(r, b * s.steps), slice.room + worker * room_rows * kLanes);
+            });
+        }
+    }
+
+    float* line_of(const GraphSlice& slice, size_t i, int64_t b) const { return slice.lines[i] + b * connections[i].line_size(); }
+
+    // ∂L/∂S of population l in sample b of a slice at step t, as a row of all blocks.
+    void collect(const GraphSlice& slice, size_t l, int64_t b, int64_t t, int64_t row) const {
+        const PopulationBackward& x = populations[l];
+        bool added = x.outer.grad_tail;
+        for (int64_t r = 0; added && r < x.plan.rows.blocks; ++r) x.outside(s, slice.first + b, r, t, slice.arrived.at(r, row));
+        for (size_t i = 0; i < connections.size(); ++i) {
+            if (connections[i].of.source != static_cast<int64_t>(l)) continue;
+            connections[i].leave(line_of(slice, i, b), t, slice.arrived, row, added);
+            added = true;
+        }
+    }
+
+    // What reaches the spikes of sample b that population l sent before the first step.
+    void store_sent(const GraphSlice& slice, size_t l, int64_t b) const {
+        const PopulationBackward& x = populations[l];
+        const int64_t before = x.layer.sent_steps, size = x.plan.rows.size;
+        for (int64_t t = -before; t < 0; ++t) {
+            collect(slice, l, b, t, b);
+            for (int64_t r = 0; r < x.plan.rows.blocks; ++r)
+                store_block(x.plan.rows, r, slice.arrived.at(r, b), Rows{slice.first + b, 1, s.batch, size}, 1,
+                            x.outer.grad_sent + (before + t) * s.batch * size);
+        }
     }
 
     // Of some samples of a slice, from sample b on: the neurons, then what their sources get.
@@ -608,13 +659,17 @@ struct GraphBackward {
         const PopulationSlice& own = slice.populations[block.population];
         const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
+        parallel(threads, x.sends ? samples : 0, 1, [&](int64_t i, int) {
+            for (int64_t t = 0; t < steps; ++t) collect(slice, block.population, b + i, block.first + t, i * steps + t);
+        });
         parallel_pairs(threads, x.plan.rows.blocks, groups, steps == 1 ? 1 : 4, [&](int64_t r, int64_t part, int) {
             const int64_t i = part * group;
+            const float* const tile = x.sends ? slice.arrived.at(r, i * steps) : nullptr;
             float* const out = slice.rows.floats.at(r, i * steps);
             if (steps == 1)
-                x.run_step(s, slice, own, b + i, least(group, samples - i), r, block.first, out);
+                x.run_step(s, slice, own, b + i, least(group, samples - i), r, block.first, tile, out);
             else
-                x.run(s, slice, own, b + i, r, block, out);
+                x.run(s, slice, own, b + i, r, block, tile, out);
         });
         for (const ConnectionBackward& each : connections)
             if (each.of.target == block.population) hand_down(each, slice, block, b, samples, threads);
@@ -622,29 +677,22 @@ struct GraphBackward {
 
     void hand_down(const ConnectionBackward& x, GraphSlice& slice, const GraphBlock& block, int64_t b, int64_t samples,
                    int threads) const {
-        const PopulationSlice& source = slice.populations[x.of.source];
-        const int64_t steps = steps_of(block), count = samples * steps;
+        const int64_t steps = steps_of(block), count = samples * steps, number = &x - connections.data();
         const bool banded = x.gradient.sparse();
         Bands& bands = slice.bands;
         bands.lanes = static_cast<int64_t>(x.plan.rows.blocks) * kLanes;
         if (banded) bands.fill(slice.rows.floats, count, threads);
-        const auto arrive = [&](int64_t column, int64_t i) {
-            const float* const arrived = slice.inputs.at(column, i * steps);
-            if (x.learned) {
-                const Panel<float>& differences = slice.differences[&x - connections.data()];
-                x.learn(s, slice.first + b + i, column, arrived, differences.at((b + i) * x.plan.cols.blocks + column, block.first), steps);
-            }
-            x.arrive(populations[x.of.source].plan.rows, source, b + i, column, arrived, block);
-        };
-        int64_t most_rows = steps;  // whole samples, and whole register tiles of the product
-        while (most_rows < kGradientSamples || most_rows % 6) most_rows += steps;
-        x.gradient.each_task(count, banded ? kLanes : most_rows, banded, threads, 1,
+        x.gradient.each_task(count, banded ? kLanes : kGradientSamples, banded, threads, 1,
                              [&](int64_t column, int64_t row, int64_t height, int) {
                                  x.gradient.run(column, slice.rows, bands, row, height, slice.inputs.at(column, row));
-                                 for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
                              });
-        if (banded)
-            parallel_pairs(threads, x.plan.cols.blocks, samples, 4, [&](int64_t column, int64_t i, int) { arrive(column, i); });
+        parallel(threads, samples, 1, [&](int64_t i, int) {
+            for (int64_t t = 0; t < steps; ++t) {
+                const float* const arrived = slice.inputs.at(0, i * steps + t);
+                x.arrive(arrived, block.first + t, line_of(slice, number, b + i));
+                if (x.learned.out) x.keep(arrived, slice.late[number], (b + i) * s.steps + block.first + t);
+            }
+        });
     }
 
     // Adds what the samples of the first slices give.

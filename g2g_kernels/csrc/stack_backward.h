@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "batch.h"
+#include "delays.h"
 #include "events.h"
 #include "gradient_events.h"
 #include "input_gradient.h"
@@ -54,121 +55,6 @@ struct ArrivalPanel {
         }
         for (int64_t r = 0; r < blocks; ++r)
             for (int v = 0; v < kVecs; ++v) store(panel.at(r, row) + v * W, load(room + r * kLanes + v * W));
-    }
-};
-
-// out[i] = Σ x[i − width + 1 … i] of rows x [steps][64] with zeros around them, [steps + width − 1][64]. Each sum is the end of one
-// group of `width` rows and the begin of the next, so that the cost does not depend on the width, and nothing is subtracted.
-inline void moving_sums(const float* x, int64_t steps, int64_t width, float* out) {
-    const int64_t rows = steps + width - 1;
-    for (int64_t first = 0; first < rows; first += width) {
-        Vec sum[kVecs] = {};
-        for (int64_t i = first; i < least(first + width, rows); ++i)
-            for (int v = 0; v < kVecs; ++v) {
-                if (i < steps) sum[v] += load(x + i * kLanes + v * W);
-                store(out + i * kLanes + v * W, sum[v]);
-            }
-        for (Vec& each : sum) each = Vec{};
-        for (int64_t ahead = width - 1; first && ahead-- > 0;)
-            for (int v = 0; v < kVecs; ++v) {
-                const int64_t i = first + ahead + 1 - width;
-                if (i < steps) sum[v] += load(x + i * kLanes + v * W);
-                if (first + ahead >= rows) continue;
-                float* const own = out + (first + ahead) * kLanes + v * W;
-                store(own, load(own) + sum[v]);
-            }
-    }
-}
-
-// The delays with which a layer's spikes reach the layer above, in the layer's order of lanes.
-struct Late {
-    // The lanes of a vector that have the same delay.
-    struct Lanes {
-        int32_t delay;
-        uint32_t bits;
-    };
-
-    Lanes* lanes = nullptr;      // [row blocks][vectors][W], by ascending delay, at most T; last ones may be empty. Null: no delays
-    float* learned = nullptr;    // [row blocks][B][64], what each sample adds to the gradients of the delays; null: not wanted
-    const Layer *sender = nullptr, *receiver = nullptr;
-
-    Late() = default;
-    Late(const Stack& s, const Layer& of, const Layer& to, Arena& arena) : sender(&of), receiver(&to) {
-        if (!to.delays) return;
-        const Axis& axis = of.plan->rows;
-        const int64_t count = int64_t{axis.blocks} * kLanes;
-        lanes = arena.take<Lanes>(count);
-        if (to.grad_delays) learned = arena.take<float>(count * s.batch);
-        for (int64_t first = 0; arena.base && first < count; first += W) {
-            int32_t delay[W], last = -1;
-            for (int i = 0; i < W; ++i) {
-                const int32_t n = axis.neuron[first + i];
-                delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(to.delays[n], s.steps)));
-            }
-            for (Lanes* of = lanes + first; of < lanes + first + W; ++of) {
-                *of = {INT32_MAX, 0};
-                for (int i = 0; i < W; ++i)
-                    if (delay[i] > last && delay[i] < of->delay) of->delay = delay[i];
-                for (int i = 0; i < W; ++i) of->bits |= uint32_t{delay[i] == of->delay} << i;
-                last = of->delay;
-            }
-        }
-    }
-
-    // Makes ∂L/∂S[t] = ∂L/∂S̃[t + d] of ∂L/∂S̃, the tile [T][64] of block r of sample b; 0 where t + d is after the last step.
-    // In place: d ≥ 0, so step t reads steps from t on, and they are written in ascending order. Those of one group are all
-    // read before the first of them is written. `room` is for room_rows() rows.
-    void shift(const Stack& s, int64_t b, int64_t r, float* tile, float* room) const {
-        if (learned) differences(s, b, r, tile, room);
-        for (int v = 0; v < kVecs; ++v) {
-            const Lanes *const begin = lanes + (r * kVecs + v) * W, *end = begin;
-            while (end < begin + W && end->bits) ++end;
-            const int64_t longest = end[-1].delay;
-            const auto shift_group = [&](auto size, float* first, int64_t steps_left) {
-                Vec arrived[decltype(size)::value] = {};
-                for (const Lanes* of = begin; of < end && of->delay < steps_left; ++of)
-                    unrolled<decltype(size)::value>([&](auto i) {
-                        arrived[i] = load_chosen(arrived[i], first + (of->delay + i) * kLanes, of->bits);
-                    });
-                unrolled<decltype(size)::value>([&](auto i) { store(first + i * kLanes, arrived[i]); });
-            };
-            constexpr int group = 4;
-            float* first = tile + v * W;
-            int64_t steps_left = s.steps;
-            // while what the whole group reads is within the run
-            for (; steps_left >= longest + group; steps_left -= group, first += group * kLanes)
-                shift_group(Constant<group>{}, first, steps_left);
-            for (; steps_left > 0; --steps_left, first += kLanes) shift_group(Constant<1>{}, first, steps_left);
-        }
-    }
-
-    int64_t room_rows(int64_t steps) const {
-        return receiver && receiver->grad_delays && width() > 1 ? steps + width() - 1 : 0;
-    }
-    int64_t width() const { return receiver->delay_width; }
-
-    // −1/(σ(σ + 1)) Σ_t ∂L/∂S̃[t]·Σ_{k=1..σ} (S[t − d + k] − S[t − d − k]) of each lane, spike by spike; those before the first
-    // step count, too. A spike that arrives at a takes the sums of ∂L/∂S̃ over the σ steps before and after a.
-    void differences(const Stack& s, int64_t b, int64_t r, const float* tile, float* room) const {
-        const Axis& axis = sender->plan->rows;
-        const int64_t T = s.steps, rows = T + width() - 1;
-        const int32_t* const neuron = axis.neuron.data() + r * kLanes;
-        float* const sum = learned + (r * s.batch + b) * kLanes;
-        zero(sum, kLanes * sizeof(float));
-        if (width() > 1) moving_sums(tile, T, width(), room), tile = room;
-        const float share = 1.0f / static_cast<float>(width() * (width() + 1));
-        const auto add = [&](int64_t lane, int64_t step) {
-            const int64_t arrives = step + receiver->delays[neuron[lane]], after = arrives + width();
-            if (0 < arrives && arrives <= rows) sum[lane] -= share * tile[(arrives - 1) * kLanes + lane];
-            if (0 <= after && after < rows) sum[lane] += share * tile[after * kLanes + lane];
-        };
-        for (int64_t i = 0; sender->sent && i < sender->sent_steps; ++i)
-            for (int64_t lane = 0; lane < kLanes; ++lane)
-                if (neuron[lane] >= 0 && sender->sent[(i * s.batch + b) * axis.size + neuron[lane]])
-                    add(lane, i - sender->sent_steps);
-        const uint64_t* const words = sender->spikes + (b * axis.blocks + r) * T;
-        for (int64_t t = 0; t < T; ++t)
-            for (uint64_t word = words[t]; word; word &= word - 1) add(__builtin_ctzll(word), t);
     }
 };
 
@@ -345,7 +231,7 @@ struct BackwardPass {
             most_rows = most(most_rows, divide_up(rows, kLanes) * kLanes);
             lanes = most(lanes, x.lanes());
             states = most(states, x.model.states);
-            sums = most(sums, x.late.room_rows(s.steps) * kLanes);
+            sums = most(sums, x.late.gradient.room_rows(s.steps) * kLanes);
             if (!x.lists_events) continue;
             listed_blocks = most(listed_blocks, x.plan.rows.blocks);
             listed = most(listed, x.most_events(slices.rows()));
@@ -791,8 +677,7 @@ struct BackwardPass {
     void finish(const BackwardLayer& x) const {
         x.weights.finish(s.threads);
         if (x.recurrent) x.recurrent_weights->finish(s.threads);
-        if (x.late.learned)
-            lane_gradient({nullptr, x.late.receiver->grad_delays, true}, false, x.plan.rows, x.late.learned, s.batch, s.threads, totals);
+        x.late.gradient.finish(s, totals);
         x.LayerBackward::finish(s, totals);
     }
 };

@@ -139,7 +139,7 @@ def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
 
 class LastSpikes(Spikes):
     """What population ``number`` sent in the last ``steps`` of the run of a call with these ``spikes``, and before it.
-    ``graph`` runs the call again for the gradient, which the chain's kernels do not compute."""
+    ``graph`` runs the call again for the gradient, as a part of a longer run."""
 
     def __init__(self, spikes: "PackedSpikes", steps: int, number: int, call: Call, graph: Callable) -> None:
         self._spikes, self._steps, self._number, self._call, self._graph = spikes, steps, number, call, graph
@@ -162,7 +162,7 @@ class LastSpikes(Spikes):
 
         def again(*given: torch.Tensor) -> list[torch.Tensor]:
             x, before, populations = built(form, given)
-            activity = self._graph(replaced(self._call, x=x, before=before, populations=populations))
+            activity = self._graph(replaced(self._call, x=x, before=before, populations=populations, carried=True))
             return [activity.sent[self._number].dense()]
 
         (sent,) = Recomputed.apply(lambda *given: [sent], again, (), *tensors)

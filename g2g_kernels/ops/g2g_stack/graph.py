@@ -21,10 +21,10 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
-from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
-from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, delays_pointer, refuses_call
+from g2g_kernels.ops.g2g_stack.cpu import LastSpikes, PackedSpikes, delays_pointer, refuses_call
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
@@ -147,25 +147,28 @@ def g2g_graph(call: Call) -> Activity:
             current = nothing if current is None else current.expand_as(nothing)
         currents.append(current.float().contiguous())  # autocast computes products in fewer bits
         populations.append(contiguous(population, connections, given.before(number, x.dtype)))
-    lengths = tuple([min(reach, given.steps) for reach in given.reaches[:-1]])
+    # where a run is no chunk, mostly nobody reads what it carries on: LastSpikes finds it when it is asked
+    lengths = tuple([min(reach, given.steps) if call.carried else 0 for reach in given.reaches[:-1]])
     counts, rates, last, tails, kept = FORWARD(GraphCall(tuple(populations), tuple(currents), lengths, given.steps))
     spikes = [
         PackedSpikes(words, of.connections[0].values.detach(), of.connections[0].mask)
         for words, of in zip(kept, populations, strict=False)
     ]
-    sent_in_run: list[DenseSpikes | None] = []
+    sent: list[Spikes | None] = []
     rest = iter(tails)
-    for population, reach in zip(call.populations, given.reaches, strict=False):  # the inputs come last
+    for number, (population, reach) in enumerate(zip(call.populations, given.reaches, strict=False)):  # inputs come last
         if not reach:
-            sent_in_run.append(None)
-            continue
-        train = Train(counts.new_zeros(x.shape[-2], size_of(population)), population.sent)
-        train.append(next(rest))
-        sent_in_run.append(DenseSpikes(train.window(train.length - reach, train.length)))
+            sent.append(None)
+        elif not call.carried:
+            sent.append(LastSpikes(spikes[number], reach, number, call, g2g_graph))
+        else:
+            train = Train(counts.new_zeros(x.shape[-2], size_of(population)), population.sent)
+            train.append(next(rest))
+            sent.append(DenseSpikes(train.window(train.length - reach, train.length)))
     reach = given.reaches[-1]
     of_inputs = given.trains[-1].window(given.steps - reach, given.steps) if reach else None
-    sent_in_run.append(None if of_inputs is None else DenseSpikes(of_inputs))
-    return Activity(counts, tuple(rates), tuple(spikes), states=tuple(last), sent=tuple(sent_in_run))
+    sent.append(None if of_inputs is None else DenseSpikes(of_inputs))
+    return Activity(counts, tuple(rates), tuple(spikes), states=tuple(last), sent=tuple(sent))
 
 
 @functools.lru_cache(64)

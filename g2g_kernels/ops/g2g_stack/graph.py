@@ -156,7 +156,7 @@ def g2g_graph(call: Call) -> Activity:
     ]
     sent: list[Spikes | None] = []
     rest = iter(tails)
-    for number, (population, reach) in enumerate(zip(call.populations, given.reaches, strict=False)):  # inputs come last
+    for number, (population, reach) in enumerate(zip(call.populations, given.reaches, strict=False)):  # without inputs
         if not reach:
             sent.append(None)
         elif not call.carried:

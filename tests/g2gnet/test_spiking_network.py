@@ -881,3 +881,37 @@ def test_sparse_inputs_that_cannot_be_run_are_refused_by_name(monkeypatch):
         monkeypatch.setattr(ways, "DENSE", 1)
         with pytest.raises(ValueError, match=why):
             net.simulate(given, **options)
+
+
+@pytest.mark.ci
+@pytest.mark.skipif("cpu" not in available_backends(), reason="the CPU kernels were not built")
+@pytest.mark.parametrize(("kind", "learned"), [("index", False), ("random", True)])
+def test_many_delays_whose_gradients_lie_in_the_order_of_delays(kind, learned):
+    """16 samples, 61 steps and 200 neurons are more than ``kCachedLines`` of ``graph.h``."""
+    draw, size, steps, batch = torch.Generator().manual_seed(0), 200, 70, 32
+    layout, source = (GroupLayout(size, kind=kind, generator=draw) for _ in range(2))
+
+    def joined(rows, cols, **options):
+        mask = BlockMask.sample(rows, cols, block_size=16, generator=draw)
+        return G2GLinear(mask, generator=draw, **options)
+
+    back = joined(layout, source, bias=False)
+    back.values.data *= 2
+    delays = torch.randint(1, 61, (size,), generator=draw)
+    projections = [
+        Projection("input", "a", joined(layout, GroupLayout(30))),
+        Projection("a", "a", back, delays, learn_delay=learned, max_delay=60),
+        Projection("a", "out", joined(GroupLayout(5, 1), GroupLayout(size, 1))),
+    ]
+    net = SpikingNetwork({"a": LIF(), "out": LIF()}, projections, "out", steps, backend="cpu")
+    exact = copy.deepcopy(net).double()
+    exact.backend = "torch"
+    x, found = torch.rand(steps, batch, 30, generator=draw) * 3, []
+    for each, inputs in ((net, x), (exact, x.double())):
+        inputs = inputs.clone().requires_grad_()
+        activity = each.simulate(inputs)
+        loss = (activity.counts - 3).square().mean() + activity.rates["a"].square().sum()
+        found.append([activity.counts, *torch.autograd.grad(loss, [inputs, *each.parameters()])])
+    for ours, theirs in zip(*found, strict=True):
+        assert theirs.norm() > 0
+        assert (ours.double() - theirs).norm() <= 1e-4 * theirs.norm()

@@ -60,6 +60,8 @@ class Parts(NamedTuple):
     norm: nn.BatchNorm2d | None = None
 
 
+#: what takes the place of PyTorch's layers
+COUNTERPARTS = {nn.Conv2d: "G2GConv2d.from_conv2d(conv)", nn.Linear: "G2GLinear.from_linear(linear)"}
 #: the modules that a projection may have beside its weights
 PARTS = "pools (nn.MaxPool2d, nn.AvgPool2d, SumPool2d) and nn.Flatten, and nn.BatchNorm2d behind a convolution"
 
@@ -87,8 +89,8 @@ def parts_of(name: str, connection: nn.Module) -> Parts:
             norm = _checked_norm(name, module, layer)
         else:
             remedy = f"a network joins G2GLinear and G2GConv2d layers with {PARTS}. Put others into your own module"
-            if isinstance(module, nn.Conv2d) and not behind:
-                remedy = "give G2GConv2d.from_conv2d(conv), or call sparsify(model) before"
+            if type(module) in COUNTERPARTS and not behind:
+                remedy = f"give {COUNTERPARTS[type(module)]}, or call sparsify(model) before"
             raise TypeError(f"{name} is a {kind}{behind}; {remedy} (docs/limits.md)")
     if layer is None and not before:
         raise TypeError(f"{name} has no weights and no pool; give a G2GConv2d, a G2GLinear or a pool")
@@ -207,7 +209,10 @@ def grouped(layers: Iterable[Any]) -> list[tuple[list[nn.Module], Sequence[Any]]
             waiting.append(layer)
             continue
         if not isinstance(layer, tuple | list) or len(layer) < 2:
-            raise TypeError(f"layer {number} is a {type(layer).__name__}; give a pair (connection, neurons)")
+            raise TypeError(
+                f"layer {number} is a {type(layer).__name__}; give pairs (connection, neurons), and between them "
+                "nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d and nn.Flatten"
+            )
         connection, *rest = layer
         inside = [*connection] if type(connection) is nn.Sequential else [connection]
         found.append(([*waiting, *inside], rest))

@@ -17,7 +17,7 @@ from g2gnet.base.messages import reason
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
 #: where the Debian package dataset-fashion-mnist puts its files
-logger = logging.getLogger("g2gnet")
+logger = logging.getLogger("g2gnet.data")
 
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
 MINI_FILE = Path(__file__).with_name("fashion_mnist_mini.npz")

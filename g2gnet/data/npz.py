@@ -29,7 +29,7 @@ from g2gnet.base.messages import reason
 from g2gnet.data.image_data import DataError, ImageData
 
 Content = TypeVar("Content")
-logger = logging.getLogger("g2gnet")
+logger = logging.getLogger("g2gnet.data")
 
 SUFFIX = ".npz"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")

@@ -159,7 +159,7 @@ class StepEvidence:
 
     def _nothing_seen(self, what: str, number: int) -> str:
         if what == GRADIENT and self._overtaken:
-            return f"another DSTScheduler with grow='gradient' has taken over layer {number}; step the last one only"
+            return f"another DSTScheduler that reads gradients has taken over layer {number}; step the last one only"
         return (
             f"no {what} of layer {number} was recorded in this step, but {self._rules} needs it. Run the model forward "
             "and backward in training mode before each step(), not as a CUDA graph while next_is_due; or pass the "

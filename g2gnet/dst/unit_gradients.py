@@ -1,4 +1,4 @@
-"""The gradients of all units of a layer in a training step, absent ones included, for the grow rule ``gradient``."""
+"""The gradients of all units of a layer in a training step, absent ones included, for rules that read them."""
 
 import functools
 
@@ -69,7 +69,9 @@ class UnitGradients:
         """The pairs, as :func:`~g2gnet.dst.rules.unit_gradient` takes them. Raises RuntimeError if gradients of the
         weights were formed in batches, or with ``create_graph=True``: the pairs then lack parts of the gradient."""
         if self.unseen is not None:
-            raise RuntimeError(f"grow='gradient' does not see {self.unseen} of this step; use grow='random' or 'hebb'")
+            raise RuntimeError(
+                f"rules that read gradients do not see {self.unseen} of this step; use grow='random' or 'hebb'"
+            )
         return self.pairs
 
 

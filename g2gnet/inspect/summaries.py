@@ -85,7 +85,7 @@ def _quantities(layer: LayerAnalysis) -> dict[str, str]:
         "neurons that never fired": percent(layer.silent),
         "synaptic operations per image: additions": f"{round(layer.accumulates):,}",
         "synaptic operations per image: multiplications": f"{round(layer.multiplies):,}",
-        "of those of a dense layer whose inputs are never zero": percent(operations / layer.dense_operations),
+        "share of the operations of a dense layer with dense inputs": percent(operations / layer.dense_operations),
         "temporal synchrony within groups": _mean(layer.synchrony),
         **{f"correlation of spike counts within groups, {part}": _mean(of.diagonal()) for part, of in parts.items()},
         "correlation of spike counts between groups, noise": _mean(layer.correlation.noise[other_groups]),

@@ -105,7 +105,7 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
         inside = getattr(net, "module", None)
         give = "its .module" if isinstance(inside, SpikingNetwork) else "a SpikingNetwork, a SpikingStack or a G2GNet"
         raise ValueError(f"the network is a {type(net).__name__}; give {give}")
-    net.check_linear("C, of to_c and quantize,")
+    net.check_linear("C (or quantize)")
     for name, parameter in net.named_parameters():
         if parameter.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {parameter.dtype}, whose rounding no C file repeats; give net.float()")

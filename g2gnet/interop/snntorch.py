@@ -108,7 +108,10 @@ def from_snntorch(
                 "LIF and Synaptic can be put into a model of another form one by one"
             )
     if not linears or len(linears) != len(neurons):
-        raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the other")
+        raise ValueError(
+            f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the "
+            "other (behind a last nn.Linear alone, snn.Leaky(reset_mechanism='none'), whose membrane is read)"
+        )
     recurrents = [f"{name}.recurrent" for name, theirs in neurons.items() if hasattr(theirs, "recurrent")]
     masks = masks or {}
     if unknown := set(masks) - set(linears) - set(recurrents):

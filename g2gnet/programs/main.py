@@ -55,7 +55,8 @@ def run_program(
     json_file = getattr(arguments, "json", None)
     try:
         if rank() == 0:
-            logging.getLogger("g2g_kernels").setLevel(logging.INFO)
+            for name in ("g2g_kernels", "g2gnet.data"):
+                logging.getLogger(name).setLevel(logging.INFO)
         check_json(arguments)
         # where the document goes to standard output, nothing else does
         apart = contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext()

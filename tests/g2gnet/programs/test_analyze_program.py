@@ -139,8 +139,9 @@ def test_numbers_of_a_checkpoint_are_checked_before_they_are_used(checkpoint, tm
         read_run(rewrite(checkpoint, tmp_path / "c.pth", **replaced(state, name, value)))
 
 
-def test_the_directory_of_data_of_ones_own_is_asked_for(tmp_path, capsys, monkeypatch):
+def test_the_directory_of_data_of_ones_own_is_asked_for(tmp_path, capsys, caplog, monkeypatch):
     checkpoint = train_tiny(tmp_path, f"--dataset {write_own(tmp_path / 'mine.npz', 20)}")
+    assert "samples, [D] = [20]," in caplog.text
     monkeypatch.setattr(npz, "_paths", {})  # as in another process
     assert analyze.main([str(checkpoint)]) == 1
     assert "data/mine.npz cannot be read" in (error := capsys.readouterr().err)

@@ -89,8 +89,9 @@ def parts_of(name: str, connection: nn.Module) -> Parts:
             norm = _checked_norm(name, module, layer)
         else:
             remedy = f"a network joins G2GLinear and G2GConv2d layers with {PARTS}. Put others into your own module"
-            if type(module) in COUNTERPARTS and not behind:
-                remedy = f"give {COUNTERPARTS[type(module)]}, or call sparsify(model) before"
+            for layer_kind, counterpart in COUNTERPARTS.items():
+                if isinstance(module, layer_kind) and not behind:
+                    remedy = f"give {counterpart}, or call sparsify(model) before"
             raise TypeError(f"{name} is a {kind}{behind}; {remedy} (docs/limits.md)")
     if layer is None and not before:
         raise TypeError(f"{name} has no weights and no pool; give a G2GConv2d, a G2GLinear or a pool")

@@ -16,9 +16,9 @@ from g2gnet.base.files import one_at_a_time, open_file
 from g2gnet.base.messages import reason
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
-#: where the Debian package dataset-fashion-mnist puts its files
 logger = logging.getLogger("g2gnet.data")
 
+#: where the Debian package dataset-fashion-mnist puts its files
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
 MINI_FILE = Path(__file__).with_name("fashion_mnist_mini.npz")
 

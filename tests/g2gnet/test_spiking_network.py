@@ -884,7 +884,7 @@ def test_sparse_inputs_that_cannot_be_run_are_refused_by_name(monkeypatch):
 
 
 @pytest.mark.ci
-@pytest.mark.skipif("cpu" not in available_backends(), reason="the CPU kernels were not built")
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels were not built")
 @pytest.mark.parametrize(("kind", "learned"), [("index", False), ("random", True)])
 def test_many_delays_whose_gradients_lie_in_the_order_of_delays(kind, learned):
     """16 samples, 61 steps and 200 neurons are more than ``kCachedLines`` of ``graph.h``."""

@@ -13,6 +13,8 @@
 // be faster than a dense product, nothing is computed, and the caller is told so.
 #pragma once
 
+#include <numeric>
+
 #include "events.h"
 #include "interface.h"
 #include "parallel.h"
@@ -79,9 +81,7 @@ struct Windows {
 
     // How many pairs of a target and a tap there are.
     int64_t pairs() const {
-        int64_t sum = 0;
-        for (int64_t t = 0; t < targets; ++t) sum += count[t];
-        return sum;
+        return std::accumulate(count, count + targets, int64_t{0});
     }
 };
 
@@ -99,40 +99,31 @@ struct Images {
 
     // out[x − from][0 … n − 1] = the channels from c on of a row, for pixels from … to − 1; pixels of `out` are `stride` apart.
     void load_row(const float* image, int64_t y, int64_t c, int64_t n, int64_t from, int64_t to, float* out, int64_t stride) const {
-        const float* p = image + at(y * width + from, c);
-        const int64_t count = to - from;
-        if (last && n == channels && n == stride) {
-            __builtin_memcpy(out, p, count * n * sizeof(float));
-            return;
-        }
-        if (last) {
-            for (int64_t x = 0; x < count; ++x) __builtin_memcpy(out + x * stride, p + x * channels, n * sizeof(float));
-            return;
-        }
-        each_square(count, n, [&](int64_t x, int64_t i) { transpose_16(p + i * pixels + x, pixels, out + x * stride + i, stride); },
-                    [&](int64_t x, int64_t i) { out[x * stride + i] = p[i * pixels + x]; });
+        const auto copy = [](const float* p, float* row, int64_t count) { __builtin_memcpy(row, p, count * sizeof(float)); };
+        const auto turn = [&](const float* p, float* row) { transpose_16(p, pixels, row, stride); };
+        each_piece(image + at(y * width + from, c), n, to - from, out, stride, copy, turn);
     }
 
     // The inverse, for a whole row.
     void store_row(float* image, int64_t y, int64_t c, int64_t n, const float* from, int64_t stride) const {
-        float* p = image + at(y * width, c);
-        if (last) {
-            for (int64_t x = 0; x < width; ++x) __builtin_memcpy(p + x * channels, from + x * stride, n * sizeof(float));
-            return;
-        }
-        each_square(width, n, [&](int64_t x, int64_t i) { transpose_16(from + x * stride + i, stride, p + i * pixels + x, pixels); },
-                    [&](int64_t x, int64_t i) { p[i * pixels + x] = from[x * stride + i]; });
+        const auto copy = [](float* p, const float* row, int64_t count) { __builtin_memcpy(p, row, count * sizeof(float)); };
+        const auto turn = [&](float* p, const float* row) { transpose_16(row, stride, p, pixels); };
+        each_piece(image + at(y * width, c), n, width, from, stride, copy, turn);
     }
 
 private:
-    // Of a matrix of pixels and channels: whole(x, i) for squares of 16, one(x, i) for what is left.
-    template <class F, class G>
-    static void each_square(int64_t count, int64_t n, const F& whole, const G& one) {
+    // Of n channels of `count` pixels from p on and row[pixel][stride]: copy() of what follows one another in both, else turn() of
+    // squares of 16 and copy() of single numbers.
+    template <class P, class R, class Copy, class Turn>
+    void each_piece(P* p, int64_t n, int64_t count, R* row, int64_t stride, const Copy& copy, const Turn& turn) const {
+        if (last && n == channels && n == stride) return copy(p, row, count * n);
+        for (int64_t x = 0; last && x < count; ++x) copy(p + x * channels, row + x * stride, n);
+        if (last) return;
         const int64_t wide = count / 16 * 16, deep = n / 16 * 16;
         for (int64_t x = 0; x < wide; x += 16)
-            for (int64_t i = 0; i < deep; i += 16) whole(x, i);
+            for (int64_t i = 0; i < deep; i += 16) turn(p + i * pixels + x, row + x * stride + i);
         for (int64_t i = 0; i < n; ++i)
-            for (int64_t x = i < deep ? wide : 0; x < count; ++x) one(x, i);
+            for (int64_t x = i < deep ? wide : 0; x < count; ++x) copy(p + i * pixels + x, row + x * stride + i, 1);
     }
 };
 
@@ -186,25 +177,18 @@ struct Events {
     void find_image(int64_t image) const {
         bool others = false;
         const float* from = x + image * of.floats;
-        for (int64_t g = 0; g < of.groups; ++g)
-            if (of.last)
-                others |= find_last(from, image, g);
-            else
-                others |= find_first(from, image, g);
+        for (int64_t g = 0; g < of.groups; ++g) others |= of.last ? find_last(from, image, g) : find_first(from, image, g);
         valued[image] = others;
     }
 
     // How many there are.
     int64_t count(int threads) const {
         parallel(threads, of.count, 1, [&](int64_t image, int) {
-            int64_t found = 0;
             const uint64_t* w = pixel(image, 0, 0);
-            for (int64_t i = 0; i < of.pixels * of.groups * of.words; ++i) found += __builtin_popcountll(w[i]);
-            counts[image] = found;
+            counts[image] = 0;
+            for (int64_t i = 0; i < of.pixels * of.groups * of.words; ++i) counts[image] += __builtin_popcountll(w[i]);
         });
-        int64_t sum = 0;
-        for (int64_t i = 0; i < of.count; ++i) sum += counts[i];
-        return sum;
+        return std::accumulate(counts, counts + of.count, int64_t{0});
     }
 
 private:
@@ -474,8 +458,8 @@ constexpr int kMostTogether = 16;
 struct GatherBuffers {
     int64_t together, band, tallest;  // images and rows of targets of a task, and rows of sources that one needs at most
     EventRows lists;
-    float *weights, *bias, *rows;
     int64_t of_rows;  // floats of `rows`, a strip of a band
+    float *weights, *bias, *rows;
 
     GatherBuffers(const Gather& a, int threads, Arena& arena)
         : GatherBuffers(a, most(1, least(least(kPixelsTogether / a.targets.pixels, kMostTogether), a.targets.count / (4 * threads))),
@@ -486,11 +470,10 @@ struct GatherBuffers {
           band(rows_of_task),
           tallest(least(a.sources.height, a.rows.span(band))),
           lists(a.sources, tallest, threads * together, arena),
+          of_rows(together * band * a.targets.width * kMostVecs * W),
           weights(arena.take<float>(a.group_floats() * a.targets.groups)),
           bias(arena.take<float>(a.targets.groups * divide_up(a.targets.of_group, W) * W)),
-          of_rows(together * band * a.targets.width * kMostVecs * W) {
-        rows = arena.take<float>(threads * of_rows);
-    }
+          rows(arena.take<float>(threads * of_rows)) {}
 
     // The rows of targets in a task: few enough for `tasks` tasks of an image, and for the events of the rows that it reads to
     // stay in L2.
@@ -626,7 +609,6 @@ struct Scatter {
         return {rate, rows.pairs() * columns.pairs(), kAddition, kVisit / static_cast<double>(least(3, columns.kernel)),
                 static_cast<double>(copied) * kFramed, inputs, outputs};
     }
-
 };
 
 // sums[k][0 … N·W − 1] += Σ over events: value · frame[place + k · step], for K taps of a row.
@@ -658,9 +640,6 @@ struct ScatterBuffers {
     int64_t wide, tall, room;  // of the frame of an image, and events of a channel and a class
     float *sums, *frames, *values;
     int32_t *places, *counts;
-
-    ScatterBuffers(const Scatter& a, int threads, Arena& arena)
-        : ScatterBuffers(a, a.columns.span(a.inputs.width), a.rows.span(a.band), threads, arena) {}
 
     ScatterBuffers(const Scatter& a, int64_t width, int64_t height, int threads, Arena& arena)
         : wide(width),
@@ -702,12 +681,9 @@ struct Chunk {
         float* row = frame;
         for (int64_t k = 0; k < images; ++k)
             for (int64_t r = top; r < top + buffers.tall; ++r, row += buffers.wide * a.padded) {
-                // the part of the row that the frame has
-                const int64_t from = most(0, left), to = r < 0 || r >= of.height ? from : least(of.width, left + buffers.wide);
-                if (from >= to || a.padded > of.of_group) zero(row, buffers.wide * a.padded * sizeof(float));
-                if (from >= to) continue;
-                zero(row, (from - left) * a.padded * sizeof(float));
-                zero(row + (to - left) * a.padded, (left + buffers.wide - to) * a.padded * sizeof(float));
+                const int64_t from = most(0, left), to = least(of.width, left + buffers.wide);  // what the frame has of a row
+                zero(row, buffers.wide * a.padded * sizeof(float));
+                if (r < 0 || r >= of.height || from >= to) continue;
                 of.load_row(a.grad_y + (image + k) * of.floats, r, g * of.of_group, of.of_group, from, to,
                             row + (from - left) * a.padded, a.padded);
             }
@@ -768,12 +744,10 @@ struct Chunk {
                 const int64_t rows = a.rows.first[row + 1] - a.rows.first[row];
                 const int64_t columns = a.columns.first[column + 1] - a.columns.first[column];
                 each_strip(4, a.outputs.of_group, [&](int64_t first, int vecs) {
-                    const auto with = [&](auto N) {
+                    with_vecs<4>(vecs, [&](auto N) {
                         const auto add = valued ? &Chunk::add_strip<N, true> : &Chunk::add_strip<N, false>;
-                        (this->*add)(key, frame + first, a.rows.first[row], rows, a.columns.first[column], columns,
-                                     of_channel + first);
-                    };
-                    with_vecs<4>(vecs, with);
+                        (this->*add)(key, frame + first, a.rows.first[row], rows, a.columns.first[column], columns, of_channel + first);
+                    });
                 });
             }
     }
@@ -824,12 +798,8 @@ double rate_of(const Events& events, const F& of, const Convolution& a) {
     return a.event_cost * of.cost(rate).relative() <= (a.sample ? 1.0 : kOnceFound) ? rate : -1;
 }
 
-inline Images inputs_of(const Convolution& a) {
-    return {a.channels, a.groups, a.height, a.width, a.images, a.x_last != 0};
-}
-inline Images outputs_of(const Convolution& a) {
-    return {a.out_channels, a.groups, a.out_height, a.out_width, a.images, a.y_last != 0};
-}
+inline Images inputs_of(const Convolution& a) { return {a.channels, a.groups, a.height, a.width, a.images, a.x_last != 0}; }
+inline Images outputs_of(const Convolution& a) { return {a.out_channels, a.groups, a.out_height, a.out_width, a.images, a.y_last != 0}; }
 inline Windows rows_of(const Convolution& a, bool back, Arena& arena) {
     return {a.height, a.out_height, a.kernel_rows, a.stride_y, a.padding_y, a.dilation_y, back, arena};
 }
@@ -864,7 +834,7 @@ inline void convolution_backward(Convolution& a, Arena& arena) {
     if (a.grad_weight_by_events) {
         const Scatter of{rows, columns, inputs, outputs, a.grad_y};
         const Events events(inputs, a.x, arena);
-        const ScatterBuffers buffers(of, a.threads, arena);
+        const ScatterBuffers buffers(of, columns.span(inputs.width), rows.span(of.band), a.threads, arena);
         if (arena.base) a.grad_weight_by_events = rate_of(events, of, a) >= 0;
         if (arena.base && !a.sample && a.grad_weight_by_events) scatter(of, events, buffers, a.threads, a.grad_weight);
     }

@@ -50,15 +50,9 @@ struct LayerShape {
     const float* current(int64_t t, int64_t b) const { return a.current + (a.held ? b : frame(t, b)) * outputs.floats; }
     float beta() const { return std::clamp(*a.neurons.parameters[0].value, 0.0f, 1.0f); }
     float threshold() const { return *a.neurons.parameters[1].value; }
-    Events events(Arena& arena) const {
-        return a.inputs ? Events(inputs, a.inputs, arena) : Events(inputs, a.convolution.x, arena);
-    }
+    Events events(Arena& arena) const { return a.inputs ? Events(inputs, a.inputs, arena) : Events(inputs, a.convolution.x, arena); }
     // The neurons as images with the channels first.
-    Images first_in_memory() const {
-        Images of = cells;
-        of.last = false;
-        return of;
-    }
+    Images first_in_memory() const { return {cells.channels, 1, cells.height, cells.width, cells.count, false}; }
     // The bits of an image of the inputs, whether they are spikes of a channel or of none.
     double bits() const { return a.inputs ? static_cast<double>(inputs.pixels * inputs.words * kLanes) : 0; }
     // The share of numbers of the inputs that are not 0; finds them if they are not spikes.
@@ -81,8 +75,7 @@ struct LayerShape {
     }
     // The channels of word w.
     uint64_t valid(int64_t w) const {
-        const int64_t n = outputs.channels - w * kLanes;
-        return n < kLanes ? (uint64_t{1} << n) - 1 : ~uint64_t{0};
+        return (w + 1) * kLanes > outputs.channels ? (uint64_t{1} << outputs.channels % kLanes) - 1 : ~uint64_t{0};
     }
 };
 
@@ -243,7 +236,6 @@ struct ImageForward : LayerShape {
             store_row(a.last + b * cells.floats, y, membrane + (y - top) * width * lanes, lanes);
         stream_fence();
     }
-
 };
 
 inline void image_layer_forward(ImageLayer& a, Arena& arena) {
@@ -322,6 +314,7 @@ struct ImageBackward : LayerShape {
 
     // The gradients of what is sent in a step, [pixels behind the windows][lanes]; numbers of no meaning if there are none.
     const float* grads_of(const Frame& at) const {
+        if (at.t < 0) return states(0, at.b, 0);
         if (sent) return sent + (at.worker * a.steps + at.t) * pooled_pixels * lanes;
         if (a.grad_spikes) return a.grad_spikes + (at.t * a.count + at.b - a.first) * pooled_pixels * lanes;
         if (!a.grad_sent) return states(at.t, at.b, 0);
@@ -343,7 +336,7 @@ struct ImageBackward : LayerShape {
         const int64_t pooled_y = y / a.window_rows, upper = pooled_y * a.window_rows;
         const int64_t bottom = y == upper ? least(cells.height, upper + a.window_rows) : y + 1;
         zero(reached, cells.width * words * sizeof(uint64_t));
-        if (pooled_y >= a.pooled_rows || !(sent || a.grad_spikes || a.grad_sent)) return;
+        if (at.t < 0 || pooled_y >= a.pooled_rows || !(sent || a.grad_spikes || a.grad_sent)) return;
         for (int64_t pooled_x = 0; pooled_x < a.pooled_columns; ++pooled_x) {
             const int64_t left = pooled_x * a.window_columns, right = least(cells.width, left + a.window_columns);
             for (int64_t w = 0; w < words; ++w) {
@@ -360,13 +353,15 @@ struct ImageBackward : LayerShape {
     }
 
     // δ_t of a frame from δ_{t+1}, in its place, and the list of what its inputs receive. `whole`: with the sums of parameters, and
-    // after any reset; else membranes are read only where a gradient reaches them.
+    // after any reset; else membranes are read only where a gradient reaches them. In the step −1, before the first, membranes are the
+    // given ones, or 0, and nothing is received.
     template <class S, bool whole>
     void step(Frame& at) const {
         const Vec decay = all(beta()), theta = all(threshold());
         const Steepness alpha = steepness(a.neurons);
         const bool zeros = a.neurons.reset == kZero, subtracts = a.neurons.reset == kSubtract, merging = merges();
-        const bool last = a.grad_last && at.t + 1 == a.steps, lists_delta = zeros || last;
+        const bool last = a.grad_last && at.t + 1 == a.steps, lists_delta = zeros || last, before = at.t < 0;
+        const float* const given = before ? a.state : last ? a.grad_last : nullptr;
         float* const row_bias = row + at.worker * (cells.width + 1) * lanes;
         float* const row_last = row_bias + lanes;
         uint64_t* const reached = reaches + at.worker * cells.width * words;
@@ -374,21 +369,22 @@ struct ImageBackward : LayerShape {
         double to_beta = 0, to_theta = 0;
         int32_t n = 0;
         for (int64_t y = 0; y < cells.height; ++y) {
-            const float* u = states(at.t, at.b, y);
+            const float* u = before ? row_last : states(at.t, at.b, y);
             const float* const row_grads = grads + least(y / a.window_rows, a.pooled_rows - 1) * a.pooled_columns * lanes;
             int32_t* const starts = at.list.starts + y * (cells.width + 1);
             float* delta = row_of(at, y);
             Vec beta_sum = {}, theta_sum = {};
             find_reached(at, y, reached);
             zero(row_bias, padded * sizeof(float));
-            if (last) load_row(a.grad_last + at.b * cells.floats, y, row_last);
+            if (given) load_row(given + at.b * cells.floats, y, row_last);
+            else if (before) zero(row_last, cells.width * lanes * sizeof(float));
             int64_t pooled_x = 0, left_of_window = a.window_columns;
             for (int64_t x = 0; x < cells.width; ++x, delta += padded, u += lanes) {
                 if (!merging) starts[x] = n;
                 if (!left_of_window--) ++pooled_x, left_of_window = a.window_columns - 1;
                 // what is behind the last window reaches nothing
                 const float* g = row_grads + least(pooled_x, a.pooled_columns - 1) * lanes;
-                const float* of_rate = a.grad_rates ? rates + (y * cells.width + x) * lanes : nullptr;
+                const float* of_rate = a.grad_rates && !before ? rates + (y * cells.width + x) * lanes : nullptr;
                 for (int64_t w = 0; w < words; ++w) {
                     uint64_t listed = 0;
                     int64_t found = n;
@@ -427,11 +423,11 @@ struct ImageBackward : LayerShape {
             }
             if (!merging) starts[cells.width] = n;
             float* const of_bias = bias + (at.b - a.first) * padded;
-            for (int64_t lane = 0; lane < padded; lane += W) store(of_bias + lane, load(of_bias + lane) + load(row_bias + lane));
+            for (int64_t lane = 0; lane < padded && !before; lane += W) store(of_bias + lane, load(of_bias + lane) + load(row_bias + lane));
             to_beta += sum_of(beta_sum), to_theta += sum_of(theta_sum);
-            if (!merging) give_current(at, y);
+            if (!merging && !before) give_current(at, y);
         }
-        if (merging) spread(at);
+        if (merging && !before) spread(at);
         neurons[(at.b - a.first) * 2] += to_beta, neurons[(at.b - a.first) * 2 + 1] += to_theta;
     }
 
@@ -498,33 +494,6 @@ struct ImageBackward : LayerShape {
         return a.grad_rates ? reached : reached * static_cast<double>(pooled_pixels) / static_cast<double>(pixels);
     }
 
-    // The step before the first, whose membranes are given, or 0.
-    void begin(const Frame& at) const {
-        if (!a.grad_state && !(a.grad_neurons && (a.state || threshold() < 0))) return;
-        const Vec decay = all(beta()), theta = all(threshold());
-        const bool zeros = a.neurons.reset == kZero, subtracts = a.neurons.reset == kSubtract;
-        float* const u = row + at.worker * (cells.width + 1) * lanes;
-        for (int64_t y = 0; y < cells.height; ++y) {
-            float* delta = row_of(at, y);
-            Vec beta_sum = {}, theta_sum = {};
-            if (a.state)
-                load_row(a.state + at.b * cells.floats, y, u);
-            else
-                zero(u, cells.width * lanes * sizeof(float));
-            for (int64_t x = 0; x < cells.width; ++x)
-                for (int64_t lane = 0; lane < padded; lane += W) {
-                    const Vec membrane = load(u + x * lanes + lane), later = load(delta + x * padded + lane);
-                    const IntVec fired = membrane > theta;
-                    const Vec discharged = zeros ? (fired ? Vec{} : later) : later;
-                    beta_sum += discharged * membrane;
-                    if (subtracts) theta_sum -= fired ? later : Vec{};
-                    store(delta + x * padded + lane, decay * discharged);
-                }
-            neurons[(at.b - a.first) * 2] += sum_of(beta_sum), neurons[(at.b - a.first) * 2 + 1] += sum_of(theta_sum);
-            if (a.grad_state) store_row(a.grad_state + at.b * cells.floats, y, delta, padded);
-        }
-    }
-
     // What the inputs receive in a step.
     void give_inputs(const Frame& at) const {
         float* const to = received + at.worker * inputs.pixels * a.in_lanes;
@@ -536,8 +505,7 @@ struct ImageBackward : LayerShape {
         const auto give = [&](int64_t y, int64_t first, int64_t n) {
             const float* const from = to + y * inputs.width * a.in_lanes + first;
             float* const out = below ? below + ((at.worker * a.steps + at.t) * inputs.pixels + y * inputs.width) * a.in_lanes + first : nullptr;
-            for (int64_t x = 0; x < inputs.width && out; ++x)
-                for (int64_t i = x * a.in_lanes; i < x * a.in_lanes + n; i += W) store(out + i, load(from + i));
+            for (int64_t i = 0; i < inputs.width * a.in_lanes && out; i += a.in_lanes) __builtin_memcpy(out + i, from + i, n * sizeof(float));
             if (a.convolution.grad_x)
                 inputs.store_row(a.convolution.grad_x + frame(at.t, at.b) * inputs.floats, y, first, least(n, inputs.channels - first), from, a.in_lanes);
         };
@@ -599,7 +567,9 @@ struct ImageBackward : LayerShape {
             if (a.grad_weight) chunk.add_group(0, to);
             if (below || a.convolution.grad_x) give_inputs(at);
         }
-        begin(at);
+        if (a.grad_state || (a.grad_neurons && (a.state || threshold() < 0))) step<S, true>(at);
+        for (int64_t y = 0; y < cells.height && a.grad_state; ++y)
+            store_row(a.grad_state + b * cells.floats, y, row_of(at, y), padded);
     }
 };
 

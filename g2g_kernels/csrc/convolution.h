@@ -80,9 +80,7 @@ struct Windows {
     }
 
     // How many pairs of a target and a tap there are.
-    int64_t pairs() const {
-        return std::accumulate(count, count + targets, int64_t{0});
-    }
+    int64_t pairs() const { return std::accumulate(count, count + targets, int64_t{0}); }
 };
 
 // Some images of one size, their channels in groups.
@@ -184,9 +182,10 @@ struct Events {
     // How many there are.
     int64_t count(int threads) const {
         parallel(threads, of.count, 1, [&](int64_t image, int) {
+            int64_t found = 0;
             const uint64_t* w = pixel(image, 0, 0);
-            counts[image] = 0;
-            for (int64_t i = 0; i < of.pixels * of.groups * of.words; ++i) counts[image] += __builtin_popcountll(w[i]);
+            for (int64_t i = 0; i < of.pixels * of.groups * of.words; ++i) found += __builtin_popcountll(w[i]);
+            counts[image] = found;
         });
         return std::accumulate(counts, counts + of.count, int64_t{0});
     }

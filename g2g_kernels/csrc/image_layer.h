@@ -397,7 +397,7 @@ struct ImageBackward : LayerShape {
                             const Vec membrane = load_chosen(Vec{}, u + lane, static_cast<uint32_t>(valid(w) >> lane % kLanes));
                             Vec grad = load_chosen(Vec{}, g + lane, static_cast<uint32_t>(bits));
                             if (of_rate) grad += load(of_rate + lane);
-                            e = S::derivative(membrane - theta, alpha) * grad;
+                            if (!before) e = S::derivative(membrane - theta, alpha) * grad;
                             if constexpr (whole) {
                                 const IntVec fired = membrane > theta;
                                 const Vec discharged = zeros ? (fired ? Vec{} : later) : later;

@@ -429,7 +429,7 @@ struct ConnectionBackward : ConnectionForward {
     int64_t lanes, before, rows;  // of the line; steps before the first that matter
     bool in_order;        // its lanes are those of the columns
     int32_t* from;        // [lanes] where each lies among ∂L/∂S̃ of the columns, from the row's place in block 0
-    int32_t* place;       // [row lanes of the source] where each lies in the line; any place for padding
+    int32_t* place;       // [row lanes of the source] where each lies in the line; any place for padding, unless `aligned`
     int32_t* column;      // [row lanes of the source] the same among ∂L/∂S̃
     SameDelay* late_lanes;
 
@@ -476,7 +476,8 @@ struct ConnectionBackward : ConnectionForward {
             const int32_t lane = order[i], n = plan.cols.neuron[lane];
             from[i] = static_cast<int32_t>(lane / kLanes * column_rows * kLanes + lane % kLanes);
             late[i] = delays[lane];
-            if (n >= 0) place[axis.lane[n]] = static_cast<int32_t>(i), column[axis.lane[n]] = from[i];
+            const int32_t own = aligned ? lane : n < 0 ? -1 : axis.lane[n];  // of padding too, where it may begin a vector
+            if (own >= 0) place[own] = static_cast<int32_t>(i), column[own] = from[i];
         }
         by_delay(late.data(), lanes, late_lanes);
     }

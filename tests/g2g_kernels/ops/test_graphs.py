@@ -146,13 +146,14 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
 
 
 @every_pair(
-    name=GRAPHS, kinds=(("index", "index", "index"), ("random", "interleaved", "random")), block_size=(1, 4, 16, 64),
+    name=GRAPHS, kinds=(("index", "index", "index"), ("random", "interleaved", "random")), block_size=(1, 4, 5, 16, 64),
     model=tuple(MODELS), reset=("subtract", "zero", "none"), surrogate=("triangle", "atan", "fast_sigmoid"),
     dropped=(False, True), started=(False, True), held=(False, True), threads=(1, 2), width=(1, 2, 5, 10),
 )  # fmt: skip
 def test_graphs_of_any_kind(
     name, kinds, block_size, model, reset, surrogate, dropped, started, held, threads, width, poisoned
 ):
+    """Units of 5 neurons: lane 48 is padding in groups of 24 and 23, which begins a vector of any width."""
     case = Case(name, kinds, block_size, model, dropped, started, width=width)
     compare(case, held, threads, reset=reset, surrogate=surrogate)
 

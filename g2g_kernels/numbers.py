@@ -94,14 +94,16 @@ class Number(NamedTuple):
 
     def check(self, name: str, value: Any, of: str = "") -> Any:
         """``value``, as an int if it is whole; ValueError, naming it (``of`` something), unless of this kind."""
+        if type(value) is int and self.whole and self._holds(value) and abs(value) <= INT64[1]:  # nearly every time
+            return value
         wanted = self.refuses(value)
         if wanted:
             raise ValueError(f"{name}={value!r:.40}{of} must be {wanted}")
         return value if isinstance(value, torch.SymInt) else self._number(value)
 
 
-#: a number of things
-COUNT = Number(1, whole=True)
+#: a number of things: of at least one, of any
+COUNT, WHOLE = Number(1, whole=True), Number(0, whole=True)
 #: a number of neurons, which masks and kernels hold in 32 bits
 SIZE = Number(1, INT32[1], whole=True)
 PROBABILITY = Number(0, 1)

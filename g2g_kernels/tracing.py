@@ -23,6 +23,23 @@ def constant_when_traced(function: _Function) -> _Function:
     return function
 
 
+def once_for_each(function: _Function) -> _Function:
+    """Keeps what a function of sizes has given, which runs between kernels take longer to compute than to look up;
+    sizes of programs with dynamic shapes, and lists, have no hash and are computed with."""
+    kept = functools.lru_cache(1024)(function)
+
+    @functools.wraps(function)
+    def look_up(*sizes: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*sizes)
+        try:
+            return kept(*sizes)
+        except TypeError:
+            return function(*sizes)
+
+    return look_up  # type: ignore[return-value]
+
+
 def is_traced() -> bool:
     """Whether calls are being recorded: nothing may depend on values, and only plain operations are understood."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
@@ -49,11 +66,17 @@ def is_transformed(tensors: Iterable[torch.Tensor | None] = ()) -> bool:
 def autocast_of(tensor: torch.Tensor) -> Callable[[], contextlib.AbstractContextManager]:
     """Makes the autocast that is in force where ``tensor`` is, for what runs a forward pass again."""
     device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
+    without = _without_autocast(device)
+    if without is None:
         return contextlib.nullcontext
-    return functools.partial(
-        torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    )
+    enabled = torch.is_autocast_enabled(device)
+    return functools.partial(torch.autocast, device, torch.get_autocast_dtype(device)) if enabled else without
+
+
+@functools.cache
+def _without_autocast(device: str) -> Callable[[], contextlib.AbstractContextManager] | None:
+    """Makes a context without autocast; None on a device that has none."""
+    return functools.partial(torch.autocast, device, enabled=False) if torch.amp.is_autocast_available(device) else None
 
 
 def is_observed(tensors: Sequence[torch.Tensor]) -> bool:

@@ -8,7 +8,7 @@ from torch import nn
 
 from g2g_kernels import BlockMask, g2g_conv2d
 from g2g_kernels.choices import check_flag
-from g2g_kernels.numbers import COUNT
+from g2g_kernels.numbers import COUNT, WHOLE
 from g2g_kernels.ops.g2g_conv2d import pair_of
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
 from g2gnet.layers import SparseLayer, checked_mask
@@ -245,8 +245,8 @@ def _checked(
         COUNT.check(name, number)
     if in_channels % groups or out_channels % groups:
         raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
-    kernel, dilation = pair_of("kernel_size", kernel_size, 1), pair_of("dilation", dilation, 1)
-    stride = pair_of("stride", stride, 1)
+    kernel, dilation = pair_of("kernel_size", kernel_size, COUNT), pair_of("dilation", dilation, COUNT)
+    stride = pair_of("stride", stride, COUNT)
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
             raise ValueError(f"padding={padding!r} is unknown; give 'same', 'valid' or numbers")
@@ -257,4 +257,4 @@ def _checked(
                 "nn.ZeroPad2d(…), and give padding=0"
             )
         padding = [each // 2 for each in twice]
-    return kernel, stride, pair_of("padding", padding, 0), dilation
+    return kernel, stride, pair_of("padding", padding, WHOLE), dilation

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from g2g_kernels.numbers import COUNT
+from g2g_kernels.numbers import COUNT, WHOLE
 from g2g_kernels.ops.g2g_conv2d import pair_of
 from g2g_kernels.ops.g2g_stack.images import Convolution, Images, Norm, Pool, convolved_shape, pooled_shape
 from g2gnet.convolution import G2GConv2d
@@ -117,13 +117,13 @@ def _checked_norm(name: str, norm: nn.BatchNorm2d, layer: Any) -> nn.BatchNorm2d
 def pool_of(name: str, module: nn.Module) -> Pool:
     """A pool of PyTorch as the operators take it. Raises ValueError for options that they do not have."""
     given: Any = module
-    kernel = pair_of("kernel_size", given.kernel_size, 1)
-    stride = pair_of("stride", given.kernel_size if given.stride is None else given.stride, 1)
-    padding = pair_of("padding", given.padding, 0)
+    kernel = pair_of("kernel_size", given.kernel_size, COUNT)
+    stride = pair_of("stride", given.kernel_size if given.stride is None else given.stride, COUNT)
+    padding = pair_of("padding", given.padding, WHOLE)
     if isinstance(module, nn.MaxPool2d):
         if given.return_indices:
             raise ValueError(f"the pool of {name} has return_indices=True; a network has no use for them: leave it out")
-        return Pool("max", kernel, stride, padding, pair_of("dilation", given.dilation, 1), given.ceil_mode)
+        return Pool("max", kernel, stride, padding, pair_of("dilation", given.dilation, COUNT), given.ceil_mode)
     if given.divisor_override not in (None, 1):
         raise ValueError(
             f"the pool of {name} has divisor_override={given.divisor_override}; give None, 1 (a sum), or scale the "

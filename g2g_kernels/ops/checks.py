@@ -21,10 +21,10 @@ def check_tensor(name: str, tensor: torch.Tensor, spikes: bool = False, of: str 
 
 def mixed_dtypes(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> str | None:
     """Why PyTorch's product cannot take tensors of these dtypes, or None if it can."""
-    device = x.device.type
     for name, dtype in (("x", x.dtype), ("bias", values.dtype if bias is None else bias.dtype)):
         if dtype == values.dtype:
             continue
+        device = x.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if not autocast or torch.float64 in (dtype, values.dtype):  # (autocast leaves float64 alone)
             return f"{name} is {dtype} and the weights are {values.dtype}; give {name}.to({values.dtype})"

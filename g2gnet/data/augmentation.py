@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from g2g_kernels.numbers import Number
+from g2g_kernels.numbers import WHOLE, Number
 
 #: by name, the largest shift of images in pixels; each also mirrors half of the images
 SHIFTS = {"crop-flip": 4, "shift-flip": 1, "flip": 0}
@@ -29,7 +29,7 @@ def random_crop_and_flip(
         >>> random_crop_and_flip(images, torch.Generator().manual_seed(0), shift=2).shape
         torch.Size([5, 28, 28])
     """
-    Number(0, whole=True).check("shift", shift)
+    WHOLE.check("shift", shift)
     count, (height, width) = len(images), images.shape[-2:]
     drawn_on = generator.device
     top, left = torch.randint(2 * shift + 1, (2, count, 1), generator=generator, device=drawn_on).to(images.device)
@@ -88,7 +88,7 @@ def random_unit_shift(sequences: torch.Tensor, generator: torch.Generator, most:
         >>> moved.sum(2).unique().tolist()
         [7.0, 8.0, 9.0]
     """
-    Number(0, whole=True).check("most", most)
+    WHOLE.check("most", most)
     count, steps, units = sequences.shape
     begin = torch.randint(2 * most + 1, (count, 1, 1), generator=generator, device=generator.device)
     source = begin.to(sequences.device) + torch.arange(units, device=sequences.device)

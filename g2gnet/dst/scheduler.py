@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2g_kernels.choices import check_choice
-from g2g_kernels.numbers import COUNT, PROBABILITY, Number, share_of
+from g2g_kernels.numbers import COUNT, PROBABILITY, WHOLE, Number, share_of
 from g2gnet.base.distributed import World
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
@@ -125,7 +125,7 @@ class DSTScheduler:
             raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
         share = Number(0, 1, open_low=True)
         COUNT.check("interval", interval)
-        Number(0, whole=True).check("seed", seed)
+        WHOLE.check("seed", seed)
         (share if final_density is None else PROBABILITY).check("fraction", fraction)
         share.check("stop", stop)
         if final_density is not None:

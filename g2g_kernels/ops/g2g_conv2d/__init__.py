@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from g2g_kernels.dispatch import Operator
-from g2g_kernels.numbers import Number
+from g2g_kernels.numbers import COUNT, WHOLE, Number
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.g2g_conv2d import cpu, reference
 from g2g_kernels.ops.g2g_conv2d.call import output_size
@@ -58,9 +58,9 @@ def g2g_conv2d(
             f"x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; give [N, C, H, W] and "
             "[out, C / groups, kernel rows, kernel columns]"
         )
-    stride, padding = pair_of("stride", stride, 1), pair_of("padding", padding, 0)
-    dilation = pair_of("dilation", dilation, 1)
-    Number(1, whole=True).check("groups", groups)
+    stride, padding = pair_of("stride", stride, COUNT), pair_of("padding", padding, WHOLE)
+    dilation = pair_of("dilation", dilation, COUNT)
+    COUNT.check("groups", groups)
     out_channels, of_group, *kernel = weight.shape
     if x.shape[1] != of_group * groups or out_channels % groups:
         raise ValueError(
@@ -83,13 +83,11 @@ def g2g_conv2d(
     return operator(x, weight, bias, stride, padding, dilation, groups, backend=backend)
 
 
-def pair_of(name: str, given: int | Sequence[int], low: int) -> Pair:
-    """(of rows, of columns) of an option. Raises ValueError, which names it, for others than whole numbers from ``low``
-    on."""
-    both = tuple(given) if isinstance(given, Sequence) else (given, given)
+def pair_of(name: str, given: int | Sequence[int], kind: Number) -> Pair:
+    """(of rows, of columns) of an option. Raises ValueError, which names it, for numbers of another kind."""
+    both = given if type(given) is tuple else tuple(given) if isinstance(given, Sequence) else (given, given)
     if len(both) != 2:
         raise ValueError(f"{name}={given!r} must be one number or two, (of rows, of columns)")
-    kind = Number(low, whole=True)
     for each in both:
         kind.check(name, each)
     return both[0], both[1]

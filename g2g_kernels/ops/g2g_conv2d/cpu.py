@@ -6,6 +6,7 @@ of the weight by those of x, the gradient of x by those of ∂y. The kernels dec
 PyTorch's own convolution (oneDNN) computes the others.
 """
 
+import functools
 from collections.abc import Sequence
 from ctypes import Structure
 from typing import Any
@@ -20,6 +21,7 @@ from g2g_kernels.ops.flops import count_flops
 from g2g_kernels.ops.g2g_conv2d.call import ConvolutionCall, flops, images, laid, output_shape, output_size, plain
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
 from g2g_kernels.ops.record import Backward, Differentiable, Output
+from g2g_kernels.tracing import once_for_each
 
 #: places of a row of a group are numbered in 16 bits; frames around an image grow with the reach of its kernel; and the
 #: rows of a kernel that ``kMostTaps`` in ``csrc/convolution.h`` allows
@@ -39,7 +41,7 @@ def refuses(
     for tensor in (x, weight, bias):
         if tensor is None:
             continue
-        if tensor.device.type != "cpu":
+        if not tensor.is_cpu:
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype != torch.float32 and not (tensor is x and x.dtype == torch.uint8):
             return f"needs float32 tensors, not {tensor.dtype}"
@@ -50,6 +52,7 @@ def refuses(
     return refuses_sizes(x.shape[1:], weight.shape, (stride, padding, dilation, groups))
 
 
+@once_for_each
 def refuses_sizes(image: Sequence[int], weight: Sequence[int], options: tuple[Pair, Pair, Pair, int]) -> str | None:
     """Why these kernels cannot serve images [C, H, W] and a weight of that shape, with stride, padding, dilation and
     groups, or None."""
@@ -87,24 +90,31 @@ def _is_last(tensor: torch.Tensor) -> bool:
 
 
 def _arguments(call: ConvolutionCall) -> Structure:
-    x, weight, bias, stride, padding, dilation, groups, last = call
-    batch, channels, height, width = images(call, x).shape
-    _, out_channels, out_height, out_width = _first(call, output_shape(call))
+    x, weight, bias, *options = call
+    arguments = structures.Convolution.from_buffer_copy(_sizes(x.shape, weight.shape, *options))
+    arguments.x, arguments.weight, arguments.bias = x.data_ptr(), weight.data_ptr(), pointer(bias)
+    arguments.threads, arguments.event_cost = torch.get_num_threads(), cpu_library.CONVOLUTION_COST
+    return arguments
+
+
+@functools.lru_cache(1024)  # filling it takes as long as a small convolution
+def _sizes(
+    x: tuple[int, ...], weight: tuple[int, ...], stride: Pair, padding: Pair, dilation: Pair, groups: int, last: bool
+) -> Structure:
+    """Arguments of a call with these shapes of x, as it lies in memory, and of the weight."""
+    batch, height, width, channels = x if last else (x[0], *x[2:], x[1])
+    out_height, out_width = output_size((height, width), weight[2:], stride, padding, dilation)
     return structures.Convolution(
-        x=x.data_ptr(),
-        weight=weight.data_ptr(),
-        bias=pointer(bias),
         images=batch,
         channels=channels,
-        out_channels=out_channels,
+        out_channels=weight[0],
         groups=groups,
-        threads=torch.get_num_threads(),
         height=height,
         width=width,
         out_height=out_height,
         out_width=out_width,
-        kernel_rows=weight.shape[2],
-        kernel_columns=weight.shape[3],
+        kernel_rows=weight[2],
+        kernel_columns=weight[3],
         stride_y=stride[0],
         stride_x=stride[1],
         padding_y=padding[0],
@@ -113,34 +123,25 @@ def _arguments(call: ConvolutionCall) -> Structure:
         dilation_x=dilation[1],
         x_last=last,
         y_last=last,
-        event_cost=cpu_library.CONVOLUTION_COST,
     )
 
 
-def _first(call: ConvolutionCall, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A shape with the channels first."""
-    return (shape[0], shape[3], *shape[1:3]) if call.last else shape
-
-
-#: what the kernels compute
-RESULTS = ("y", "grad_x", "grad_weight")
-
-
 def _by_events(arguments: Structure, shapes: dict[str, tuple[int, ...]], backward: bool) -> dict[str, torch.Tensor]:
-    """Those of the results of these shapes that are computed by events. A sample says first which will be: memory that
-    is not used in the end costs as much as a small convolution."""
-    made: dict[str, torch.Tensor] = {}
-    for sample in (True, False):
-        for name in RESULTS:
-            setattr(arguments, f"{name}_by_events", name in shapes)
-            if name in shapes and not sample:
-                made[name] = workspace.empty(shapes[name])
-                setattr(arguments, name, made[name].data_ptr())
-        arguments.sample = sample
-        if shapes:
-            run(library().g2g_convolution, arguments, backward)
-        shapes = {name: shape for name, shape in shapes.items() if getattr(arguments, f"{name}_by_events")}
-    return {name: made[name] for name in shapes}
+    """Those of the results ``y``, ``grad_x`` and ``grad_weight`` of these shapes that are computed by events. A sample
+    says first which will be: memory that is not used in the end costs as much as a small convolution."""
+    for name in shapes:
+        setattr(arguments, f"{name}_by_events", True)
+    arguments.sample = True
+    run(library().g2g_convolution, arguments, backward)
+    made = {}
+    for name, shape in shapes.items():
+        if getattr(arguments, f"{name}_by_events"):
+            made[name] = workspace.empty(shape)
+            setattr(arguments, name, made[name].data_ptr())
+    if made:
+        arguments.sample = False
+        run(library().g2g_convolution, arguments, backward)
+    return {name: tensor for name, tensor in made.items() if getattr(arguments, f"{name}_by_events")}
 
 
 def _forward(call: ConvolutionCall, keep: bool) -> torch.Tensor:

@@ -197,9 +197,12 @@ class RecordOperator:
         self.in_c = "CUDA" not in keys
 
     def __call__(self, record: Any) -> Any:
-        tensors, form = opened(record)
+        return self.run(record, opened(record)[0])
+
+    def run(self, record: Any, tensors: Sequence[torch.Tensor]) -> Any:
+        """The results for a record whose tensors, in any order, are known: opening it takes time."""
         if is_observed(tensors):
-            return self.overload(*arguments(tensors, form))
+            return self.overload(*arguments(*opened(record)))
         with torch._C._AutoDispatchBelowAutograd():
             return self.function(record)
 
@@ -373,7 +376,8 @@ class Differentiable(RecordOperator):
         if needs_plain_operations(grads):
             return gradients_of(lambda *given: self._plain(built(form, given)), tensors, grads, needed, ctx.autocast)
         given = tuple([None if grad is None else self._prepared(grad) for grad in grads])
-        found = self.backward(Backward(built(form, tensors), tuple(kept), given, tuple(needed)))
+        record = Backward(built(form, tensors), tuple(kept), given, tuple(needed))
+        found = self.backward.run(record, [*saved, *[grad for grad in given if grad is not None]])
         return [grad if need else None for grad, need in zip(found, needed)]  # noqa: B905
 
     def _gradients_of_all(self, ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:

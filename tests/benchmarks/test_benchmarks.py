@@ -267,6 +267,7 @@ def test_units_give_what_dense_weights_give(recurrent, precision, monkeypatch):
         assert errors(unpacked, exact).single < (1e-12 if precision == "float64" else 0.02), name
 
 
+@pytest.mark.ci
 def test_a_wide_network_is_judged_without_dense_weights(monkeypatch):
     monkeypatch.setattr(reference, "DENSE_UP_TO", 16)
     of_weights = prepared(hidden_dim=512, num_groups=64, p_inter=0.0, train_steps=0)

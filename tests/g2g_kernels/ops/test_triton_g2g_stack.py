@@ -143,6 +143,7 @@ def between(stack: Stack) -> Stack:
     return stack
 
 
+@pytest.mark.ci
 @every_half
 def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
     """Of segments that are full or not, and of more samples than a tile."""
@@ -459,6 +460,7 @@ def results_of(backend: str, dtype: torch.dtype, spikes: bool, **options) -> tup
     return [each.detach().cpu() for each in [*given, *trains]], [leaf.grad.cpu() for leaf in leaves]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("model", [model for model in MODELS if MODELS[model].compared is None])
 @pytest.mark.parametrize(
     ("spikes", "options"),

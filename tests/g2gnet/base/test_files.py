@@ -217,6 +217,7 @@ CLOSED = "[os.close(1), os.close(2)]; sys.stdout = sys.stderr = None"
 FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("first", [CLOSED, FULL.format(2)], ids=["closed", "full"])
 def test_training_needs_nobody_to_listen(tmp_path, first):
     done = program(first, *TRAIN, "--checkpoint_dir", tmp_path, output=tmp_path / "printed")

@@ -28,6 +28,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.ci
 def test_an_interrupted_run_ends_with_the_same_weights_and_train_py_takes_them(run, tmp_path, monkeypatch, capsys):
     assert run("whole") == 0
     output = capsys.readouterr().out

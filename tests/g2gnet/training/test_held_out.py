@@ -108,6 +108,7 @@ def test_of_a_network_that_is_pruned_only_epochs_with_the_fewest_units_can_be_th
     assert read_run(files.checkpoint).epoch == read_run(files.best).epoch == 4
 
 
+@pytest.mark.ci
 def test_stopped_before_or_after_either_file_of_the_best_epoch_the_run_ends_the_same(tmp_path, monkeypatch):
     scripted(monkeypatch, [0.9, 0.5, 0.5])
     options = {**QUARTER, "patience": 2, "sparsity_mode": "dynamic", "dst_interval": 2, "lr_schedule": "cosine"}

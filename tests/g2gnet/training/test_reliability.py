@@ -276,6 +276,7 @@ with RunFiles(*sys.argv[1:]).locked():
 """
 
 
+@pytest.mark.ci
 def test_a_second_run_of_the_same_name_is_refused_until_the_first_ends_or_dies(tmp_path):
     files, program = RunFiles(tmp_path, TrainSettings(**SMALL).stem), tmp_path / "program.py"
     with files.locked():

@@ -336,7 +336,9 @@ def run(sequences: int, derandomize: bool = False) -> None:
     stateful.run_state_machine_as_test(Networks, settings=of_machine)
 
 
-@pytest.mark.parametrize("sequences", [40, pytest.param(20000, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "sequences", [pytest.param(40, marks=pytest.mark.ci), pytest.param(20000, marks=pytest.mark.long)]
+)
 def test_weights_and_wiring_never_come_apart(sequences):
     run(sequences)
 

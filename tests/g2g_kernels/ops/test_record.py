@@ -102,17 +102,21 @@ def test_who_looks_at_operators_sees_them_and_the_same_bits(backend, observer, p
     assert all(map(torch.equal, found, expected))
 
 
+#: where a call of an operator begins
+CALLED = ((RecordOperator, "run", RecordOperator.run), (Differentiable, "__call__", Differentiable.__call__))
+
+
 @pytest.mark.parametrize("backend", COMPILED)
 def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
     called = []
-    for kind in (RecordOperator, Differentiable):
+    for kind, method, function in CALLED:
 
-        def noted(operator, record, direct=kind.__call__):
+        def noted(operator, record, *more, direct=function):
             monkeypatch.setattr(operator, "overload", None)
             called.append(operator)
-            return direct(operator, record)
+            return direct(operator, record, *more)
 
-        monkeypatch.setattr(kind, "__call__", noted)
+        monkeypatch.setattr(kind, method, noted)
     passes(backend)
     assert len(called) == 6
 
@@ -121,13 +125,13 @@ def every_call(backend: str, patch: pytest.MonkeyPatch) -> list:
     """Each operator of a backend, with a record in which each tensor that there can be is, and what else the operator
     takes."""
     called = []
-    for kind in (RecordOperator, Differentiable):
+    for kind, method, function in CALLED:
 
-        def noted(operator, record, direct=kind.__call__):
+        def noted(operator, record, *more, direct=function):
             called.append((operator, record))
-            return direct(operator, record)
+            return direct(operator, record, *more)
 
-        patch.setattr(kind, "__call__", noted)
+        patch.setattr(kind, method, noted)
     draw, size, samples, device = seeded(0), 6, 2, device_of(backend)
     side = GroupLayout(size, 2)
 

@@ -28,6 +28,7 @@ TENSOR = object()
 Form = list[Any]
 #: the types of records that operators take, by name
 TYPES: dict[str, type] = {"tuple": tuple, "list": list}
+_ATOMS = frozenset((type(None), str, int, float, bool))
 _KIND = attrgetter("dtype", "shape")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MASK = len(MaskTensors._fields)
@@ -41,7 +42,7 @@ def opened(record: Any) -> tuple[list[Any], Form]:
     left = [record]
     while left:
         part = left.pop()
-        if part is None or isinstance(part, (str, int, float)):  # most of them
+        if type(part) in _ATOMS:  # most of them
             form.append(part)
         elif isinstance(part, torch.Tensor):
             tensors.append(part)
@@ -66,10 +67,10 @@ def built(form: Form, tensors: Sequence[Any]) -> Any:
     for part in form:
         if part is TENSOR:
             parts.append(next(given))
-        elif isinstance(part, MaskTensors):
+        elif type(part) is MaskTensors:
             next(given)
             parts.append(part)
-        elif isinstance(part, tuple):
+        elif type(part) is tuple:
             kind, length = TYPES[part[0]], part[1]
             begin = len(parts) - length
             inside = parts[begin:]

@@ -165,7 +165,7 @@ class Projection:
             ("delay", 0, DELAY.high, f"delays are from 0 to {DELAY.high} steps"),
         ):
             values = weights if column == "weight" else columns[column]
-            if values.size and not (values.min() >= least and values.max() <= most):
+            if values.size and not (np.min(values) >= least and np.max(values) <= most):
                 outside = np.flatnonzero(~((values >= least) & (values <= most)))
                 raise ValueError(f"{column}[{outside[0]}] of the edges {name} is {values[outside[0]]}; {remedy}")
         delays = columns["delay"][:1]

@@ -132,6 +132,7 @@ struct ImageForward : LayerShape {
                 if (kept) stream(kept + x * lanes + v * W, state[0]);
                 fired[v * W / kLanes] |= greater_bits(state[0], p[1]) << (v * W % kLanes);
             });
+            if (kept && first + wide >= of.targets.channels) zero(kept + x * lanes + wide, (lanes - first - wide) * sizeof(float));
             if constexpr (full) {
                 for (int w = 0; w < full; ++w) out[w] = fired[w];
                 out[full - 1] &= last;

@@ -170,7 +170,7 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
             with np.errstate(over="ignore"):  # infinities are refused below
                 array = array.astype(np.float32)
         if not (finite := np.isfinite(array).reshape(len(array), -1).all(1)).all():
-            first = f"{name}[{int(finite.argmin())}] is the first of {int((~finite).sum())}"
+            first = f"{name}[{int(np.argmin(finite))}] is the first of {int((~finite).sum())}"
             raise ValueError(f"{name} are not finite everywhere: {first}; replace NaN and infinite values")
         arrays[name] = array
     found = np.union1d(arrays["train_labels"], arrays["test_labels"])

@@ -109,7 +109,7 @@ def in_integers(of: PlainNetwork, bits: int, input_scale: float) -> IntegerNetwo
         ratio = scales[0] * input_scale * of.scale / unit if of_input else 0.0
         right = min(31, max(0, DECAY_BITS - 1 - math.floor(math.log2(abs(ratio))))) if ratio else 0
         multiplier = round(ratio * 2.0**right)
-        if max(most.max(), abs(multiplier)) > LARGEST:
+        if max(np.max(most), abs(multiplier)) > LARGEST:
             raise ValueError(
                 f"{population.name}: its inputs are too large for 32 bits; give fewer bits, or export floats"
             )

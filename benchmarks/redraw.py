@@ -386,6 +386,7 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "sequence_study": (_sequences, *(f"sequence-study-{kind}" for kind in SEQUENCES)),
     "delayed_study": (functools.partial(_study, table=study_tables.delays), "delayed-study"),
     "memory_study": (_study, "memory-study"),
+    "memory_study_256": (_study, "memory-study-256"),
     "images_study": (_study, "images-study"),
 }  # fmt: skip
 

@@ -60,7 +60,7 @@ def g2g_conv2d(
         )
     stride, padding = pair_of("stride", stride, COUNT), pair_of("padding", padding, WHOLE)
     dilation = pair_of("dilation", dilation, COUNT)
-    COUNT.check("groups", groups)
+    groups = COUNT.check("groups", groups)
     out_channels, of_group, *kernel = weight.shape
     if x.shape[1] != of_group * groups or out_channels % groups:
         raise ValueError(
@@ -88,6 +88,5 @@ def pair_of(name: str, given: int | Sequence[int], kind: Number) -> Pair:
     both = given if type(given) is tuple else tuple(given) if isinstance(given, Sequence) else (given, given)
     if len(both) != 2:
         raise ValueError(f"{name}={given!r} must be one number or two, (of rows, of columns)")
-    for each in both:
-        kind.check(name, each)
-    return both[0], both[1]
+    rows, columns = [kind.check(name, each) for each in both]
+    return rows, columns

@@ -28,7 +28,6 @@ TENSOR = object()
 Form = list[Any]
 #: the types of records that operators take, by name
 TYPES: dict[str, type] = {"tuple": tuple, "list": list}
-_ATOMS = frozenset((type(None), str, int, float, bool))
 _KIND = attrgetter("dtype", "shape")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MASK = len(MaskTensors._fields)
@@ -42,7 +41,7 @@ def opened(record: Any) -> tuple[list[Any], Form]:
     left = [record]
     while left:
         part = left.pop()
-        if type(part) in _ATOMS:  # most of them
+        if part is None or isinstance(part, (str, int, float)):  # most of them
             form.append(part)
         elif isinstance(part, torch.Tensor):
             tensors.append(part)
@@ -67,10 +66,10 @@ def built(form: Form, tensors: Sequence[Any]) -> Any:
     for part in form:
         if part is TENSOR:
             parts.append(next(given))
-        elif type(part) is MaskTensors:
+        elif isinstance(part, MaskTensors):
             next(given)
             parts.append(part)
-        elif type(part) is tuple:
+        elif isinstance(part, tuple):
             kind, length = TYPES[part[0]], part[1]
             begin = len(parts) - length
             inside = parts[begin:]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 import g2gnet
-from g2g_kernels.numbers import Number
+from g2g_kernels.numbers import WHOLE
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import G2GNet, Synaptic
 from g2gnet.base.tensor_files import read_tensors, write_tensors
@@ -49,7 +49,7 @@ class Workload:
     seed: int = TrainSettings.seed
 
     def __post_init__(self) -> None:
-        if wanted := Number(0, whole=True).refuses(self.train_steps):
+        if wanted := WHOLE.refuses(self.train_steps):
             raise SettingsError(f"train_steps={self.train_steps} must be {wanted}")
         self.settings()
 

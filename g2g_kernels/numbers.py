@@ -94,8 +94,6 @@ class Number(NamedTuple):
 
     def check(self, name: str, value: Any, of: str = "") -> Any:
         """``value``, as an int if it is whole; ValueError, naming it (``of`` something), unless of this kind."""
-        if type(value) is int and self.whole and self._holds(value) and abs(value) <= INT64[1]:  # nearly every time
-            return value
         wanted = self.refuses(value)
         if wanted:
             raise ValueError(f"{name}={value!r:.40}{of} must be {wanted}")

@@ -23,23 +23,6 @@ def constant_when_traced(function: _Function) -> _Function:
     return function
 
 
-def once_for_each(function: _Function) -> _Function:
-    """Keeps what a function of sizes has given, which runs between kernels take longer to compute than to look up;
-    sizes of programs with dynamic shapes, and lists, have no hash and are computed with."""
-    kept = functools.lru_cache(1024)(function)
-
-    @functools.wraps(function)
-    def look_up(*sizes: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return function(*sizes)
-        try:
-            return kept(*sizes)
-        except TypeError:
-            return function(*sizes)
-
-    return look_up  # type: ignore[return-value]
-
-
 def is_traced() -> bool:
     """Whether calls are being recorded: nothing may depend on values, and only plain operations are understood."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()

@@ -85,7 +85,7 @@ def g2g_conv2d(
 
 def pair_of(name: str, given: int | Sequence[int], kind: Number) -> Pair:
     """(of rows, of columns) of an option. Raises ValueError, which names it, for numbers of another kind."""
-    both = given if type(given) is tuple else tuple(given) if isinstance(given, Sequence) else (given, given)
+    both = tuple(given) if isinstance(given, Sequence) else (given, given)
     if len(both) != 2:
         raise ValueError(f"{name}={given!r} must be one number or two, (of rows, of columns)")
     rows, columns = [kind.check(name, each) for each in both]

@@ -9,7 +9,6 @@ import torch
 from g2g_kernels.ops.g2g_conv2d import reference
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
 from g2g_kernels.ops.record import TYPES, Expected
-from g2g_kernels.tracing import once_for_each
 
 
 class ConvolutionCall(NamedTuple):
@@ -62,7 +61,6 @@ def output_shape(call: ConvolutionCall) -> tuple[int, ...]:
     return (batch, *size, out) if call.last else (batch, out, *size)
 
 
-@once_for_each
 def output_size(image: Sequence[int], kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair) -> Pair:
     """Rows and columns of the output for images of that size."""
     rows, columns = ((image[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2))

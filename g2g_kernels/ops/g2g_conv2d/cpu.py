@@ -21,7 +21,6 @@ from g2g_kernels.ops.flops import count_flops
 from g2g_kernels.ops.g2g_conv2d.call import ConvolutionCall, flops, images, laid, output_shape, output_size, plain
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
 from g2g_kernels.ops.record import Backward, Differentiable, Output
-from g2g_kernels.tracing import once_for_each
 
 #: places of a row of a group are numbered in 16 bits; frames around an image grow with the reach of its kernel; and the
 #: rows of a kernel that ``kMostTaps`` in ``csrc/convolution.h`` allows
@@ -52,7 +51,6 @@ def refuses(
     return refuses_sizes(x.shape[1:], weight.shape, (stride, padding, dilation, groups))
 
 
-@once_for_each
 def refuses_sizes(image: Sequence[int], weight: Sequence[int], options: tuple[Pair, Pair, Pair, int]) -> str | None:
     """Why these kernels cannot serve images [C, H, W] and a weight of that shape, with stride, padding, dilation and
     groups, or None."""

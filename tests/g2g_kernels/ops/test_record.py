@@ -102,21 +102,27 @@ def test_who_looks_at_operators_sees_them_and_the_same_bits(backend, observer, p
     assert all(map(torch.equal, found, expected))
 
 
-#: where a call of an operator begins
-CALLED = ((RecordOperator, "run", RecordOperator.run), (Differentiable, "__call__", Differentiable.__call__))
+def before_every_call(patch: pytest.MonkeyPatch, note) -> None:
+    """Makes every call of an operator begin with ``note(operator, record)``."""
+    for kind, method in ((RecordOperator, "run"), (Differentiable, "__call__")):
+        function = getattr(kind, method)
+
+        def noted(operator, record, *more, direct=function):
+            note(operator, record)
+            return direct(operator, record, *more)
+
+        patch.setattr(kind, method, noted)
 
 
 @pytest.mark.parametrize("backend", COMPILED)
 def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
     called = []
-    for kind, method, function in CALLED:
 
-        def noted(operator, record, *more, direct=function):
-            monkeypatch.setattr(operator, "overload", None)
-            called.append(operator)
-            return direct(operator, record, *more)
+    def note(operator, record):
+        monkeypatch.setattr(operator, "overload", None)
+        called.append(operator)
 
-        monkeypatch.setattr(kind, method, noted)
+    before_every_call(monkeypatch, note)
     passes(backend)
     assert len(called) == 6
 
@@ -125,13 +131,7 @@ def every_call(backend: str, patch: pytest.MonkeyPatch) -> list:
     """Each operator of a backend, with a record in which each tensor that there can be is, and what else the operator
     takes."""
     called = []
-    for kind, method, function in CALLED:
-
-        def noted(operator, record, *more, direct=function):
-            called.append((operator, record))
-            return direct(operator, record, *more)
-
-        patch.setattr(kind, method, noted)
+    before_every_call(patch, lambda *call: called.append(call))
     draw, size, samples, device = seeded(0), 6, 2, device_of(backend)
     side = GroupLayout(size, 2)
 

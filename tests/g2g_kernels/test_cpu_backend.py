@@ -659,6 +659,8 @@ def test_operators_refuse_indices_that_would_read_out_of_bounds():
     call()
     with pytest.raises(ValueError, match="values"):
         call(values=feed.values[:-1])
+    with pytest.raises(ValueError, match="chunk=-2 is no number of steps"):
+        stack.FORWARD.overload(*arguments(*opened(good._replace(chunk=-2))), True)
     for index, wrong in (
         ("unit_row", 1000), ("unit_col", -1), ("row_order", -5), ("row_order", 200), ("row_bounds", 7),
         ("col_order", 400), ("col_bounds", -3),

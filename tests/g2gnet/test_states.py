@@ -9,7 +9,7 @@ from helpers import backends_of, rms, seeded
 from networks import three_layers
 from torch.utils import _pytree as pytree
 
-from g2g_kernels.ops.g2g_stack import WAYS, cpu
+from g2g_kernels.ops.g2g_stack import WAYS, cpu, ways
 from g2gnet import LIF, G2GNet, Synaptic
 
 T, B, D = 10, 3, 12
@@ -97,6 +97,21 @@ def test_chunks_keep_no_states_of_single_steps():
         kept.append(sum(sizes.values()) - x.nbytes - sum(each.nbytes for each in stack.parameters()))
         assert activity.counts.any()
     assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels were not built")
+def test_one_operator_runs_the_chunks_of_a_chain_but_of_inputs_that_it_would_copy(monkeypatch):
+    stack, generic = stack_of("cpu"), []
+    inner = ways.in_chunks
+    monkeypatch.setattr(ways, "in_chunks", lambda *given: generic.append(given) or inner(*given))
+    x, found = inputs_of().detach()[0].requires_grad_(), []
+    for given in (x, x.expand(T, B, D), x.repeat(T, 1, 1)):
+        activity = stack.simulate(given, chunk=4)
+        found.append((activity.counts, *torch.autograd.grad(loss_of(*activity[:2], activity.state), x)))
+    assert len(generic) == 1
+    assert all(torch.equal(found[0][0], counts) for counts, _ in found)
+    assert found[0][0].any()
+    assert all(rms(grad - found[0][1]) <= 2e-5 * rms(grad) for _, grad in found)
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels were not built")

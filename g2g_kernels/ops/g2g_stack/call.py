@@ -71,7 +71,7 @@ class StackCall(NamedTuple):
     """What the forward pass takes: x, contiguous [T, B, in], or [B, in] held for ``steps`` steps (otherwise 0); the
     populations of a chain from input to output, each with the connection from the one before it and, behind that, its
     recurrent one, tensors contiguous, masks as tensors; the ``dtype`` of the factors of products, bfloat16 or float16
-    under autocast; and whether ``spikes`` over time need a gradient.
+    under autocast; whether ``spikes`` over time need a gradient; and how many steps are a ``chunk``, 0: all.
     """
 
     x: torch.Tensor
@@ -79,9 +79,10 @@ class StackCall(NamedTuple):
     steps: int
     dtype: torch.dtype
     spikes: bool = False
+    chunk: int = 0
 
     @classmethod
-    def of(cls, call: Call, dtype: torch.dtype) -> "StackCall":
+    def of(cls, call: Call, dtype: torch.dtype, chunk: int = 0) -> "StackCall":
         """The call of the public function, whose populations are a chain."""
         called, device, chain = [], call.x.device, chain_of(call.populations)
         assert not isinstance(chain, str)  # others are refused
@@ -97,7 +98,7 @@ class StackCall(NamedTuple):
                 own = recurrent.values.contiguous(), recurrent.mask.tensors(), recurrent.source, recurrent.delay
                 connections.append(Connection("linear", *own))
             called.append(contiguous(population, connections, population.sent))
-        return cls(call.x.contiguous(), tuple(called), call.steps or 0, dtype, call.spikes)
+        return cls(call.x.contiguous(), tuple(called), call.steps or 0, dtype, call.spikes, chunk)
 
     @property
     def chain(self) -> Chain:
@@ -127,6 +128,8 @@ class StackCall(NamedTuple):
         """What kernels take for granted."""
         if isinstance(reason := chain_of(self.populations), str):
             raise ValueError(reason)
+        if self.chunk < 0:
+            raise ValueError(f"chunk={self.chunk} is no number of steps; give 0 for all")
         inputs = self.x.shape[-1]
         check_ends(self.populations, inputs)
         shape = (self.batch, inputs) if self.held else (self.num_steps, self.batch, inputs)
@@ -178,4 +181,5 @@ def _recurrent_flops(call: StackCall) -> int:
 
 def _backward_flops(given: Backward) -> int:
     first, *rest = _flops(given.call)
-    return first * (1 + int(given.needed[0])) + 2 * (sum(rest) + _recurrent_flops(given.call))
+    again = sum((first, *rest)) + _recurrent_flops(given.call) if given.call.chunk else 0
+    return again + first * (1 + int(given.needed[0])) + 2 * (sum(rest) + _recurrent_flops(given.call))

@@ -29,6 +29,8 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.derivatives import Recomputed
 from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operator_of
+from g2g_kernels.ops.g2g_stack.chain_chunks import backward_in_chunks, forward_in_chunks, shapes_in_chunks
+from g2g_kernels.ops.g2g_stack.chunks import ChunkedSpikes
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
@@ -118,21 +120,24 @@ def refuses_call(call: Call, unread_fields: Sequence[str]) -> str | None:
     return "gives spikes over time no gradient" if call.spikes else too_large(samples=call.x.shape[-2])
 
 
-def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
-    """Runs a chain; ``again`` runs it once more where what delays carry out of it has a gradient."""
-    of_kernels = StackCall.of(call, torch.bfloat16 if bf16_wanted() else torch.float32)
+def g2g_stack(call: Call, again: Callable[[Call], Activity], chunk: int = 0) -> Activity:
+    """Runs a chain, ``chunk`` steps at a time (0: all); ``again`` runs it once more where what delays carry out of it
+    has a gradient."""
+    of_kernels = StackCall.of(call, torch.bfloat16 if bf16_wanted() else torch.float32, chunk)
     counts, rates, last, _, words, _ = FORWARD(of_kernels)
-    spikes, late = [], False
-    for each, population in zip(words, of_kernels.populations):  # noqa: B905
+    trains, late = [], False
+    for number, population in enumerate(of_kernels.populations):
         feed = population.connections[0]
-        spikes.append(PackedSpikes(each, feed.values.detach(), feed.mask))
+        of_chunks = words[number :: len(of_kernels.populations)]
+        trains.append([PackedSpikes(each, feed.values.detach(), feed.mask) for each in of_chunks])
         late = late or feed.delay is not None or MODELS[population.neurons.model].compared is not None
-    activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
+    spikes = tuple([ChunkedSpikes(train, chunk) if chunk else train[0] for train in trains])
+    activity = Activity(counts, tuple(rates), spikes, states=tuple(last))
     if not late:
         return activity
     sent = [
-        LastSpikes(train, reach, number, call, again) if reach else None
-        for number, (train, reach) in enumerate(zip(spikes, reaches(call.populations)))  # noqa: B905
+        LastSpikes(train[-1], reach, number, call, again) if reach else None
+        for number, (train, reach) in enumerate(zip(trains, reaches(call.populations)))  # noqa: B905
     ]
     return replaced(activity, sent=(*sent, None))
 
@@ -334,6 +339,8 @@ def delays_pointer(number: int, delay: Delay, steps: torch.Tensor) -> int:
 
 
 def _forward(call: StackCall, keep: bool) -> Outputs:
+    if call.chunk:
+        return forward_in_chunks(_forward, call, keep)
     shapes = _shapes(call)
     spikes, inputs = workspace.exactly(shapes.spikes, torch.int64), workspace.each(shapes.inputs, torch.int64)
     states = workspace.each(shapes.states) if keep else None
@@ -351,6 +358,8 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
 
 
 def _outputs(call: StackCall, keep: bool) -> list[Output | list[Output]]:
+    if call.chunk:
+        return shapes_in_chunks(_outputs, call, keep)
     shapes = _shapes(call)
     words = [Output(shape, torch.int64) for shape in shapes.spikes]
     rates, last, states = ([*map(Output, each)] for each in (shapes.rates, shapes.last, shapes.states))
@@ -359,6 +368,8 @@ def _outputs(call: StackCall, keep: bool) -> list[Output | list[Output]]:
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
+    if given.call.chunk:
+        return backward_in_chunks(_forward, _backward, given)
     call, kept, (grad_counts, *grads_of_layers), needed = given
     count = len(call.populations)
     spikes, header, inputs, states = kept[:count], kept[count], kept[count + 1 : 2 * count + 1], kept[2 * count + 1 :]

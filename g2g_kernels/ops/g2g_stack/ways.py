@@ -94,8 +94,9 @@ def run_operators(call: Call) -> Activity:
 
 #: the ways to run a network; each takes a :class:`Call`
 WAYS = Operator("g2g_stack")
+cpu_chain = partial(cpu.g2g_stack, again=graph.g2g_graph)
 WAYS.register_module("triton", _triton, "triton chain")
-WAYS.register("cpu", partial(cpu.g2g_stack, again=graph.g2g_graph), cpu.refuses, "cpu chain")
+WAYS.register("cpu", cpu_chain, cpu.refuses, "cpu chain")
 WAYS.register("cpu", graph.g2g_graph, graph.refuses, "cpu graph")
 WAYS.register("cpu", partial(image_layers.g2g_images, again=lambda call: run(call)), image_layers.refuses, "cpu images")
 WAYS.register("cpu", events.g2g_events, events.refuses, "cpu events")
@@ -142,6 +143,9 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     if chunk is not None:
         check_chunk(chunk, call)
         call = checked(call)
+        if _runs_chunks(call):
+            now = normalised(call)
+            return _finished(call, now, cpu_chain(now, chunk=chunk))
         return _finished(call, call, in_chunks(run, chunk, call))
     key = None if is_traced() else _signature(call, tensors, form)
     try:
@@ -161,6 +165,14 @@ def run(call: Call, chunk: int | None = None) -> Activity:
                 _chosen.clear()
             _chosen[key] = way
     return _finished(call, now, way.run(now))
+
+
+def _runs_chunks(call: Call) -> bool:
+    """Whether one operator runs all chunks of a call: the chain that serves its parts, where they carry states alone.
+    It takes contiguous inputs: of others, as of one sample that is expanded over time, only parts are copied."""
+    if call.carried or is_traced() or not call.x.is_contiguous() or any(reaches(call.populations)):
+        return False
+    return WAYS.choose(normalised(replaced(call, carried=True)), backend=call.backend).way.run is cpu_chain
 
 
 #: numbers of a sparse input that are made dense at a time

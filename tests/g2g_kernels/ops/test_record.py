@@ -165,6 +165,13 @@ def every_call(backend: str, patch: pytest.MonkeyPatch) -> list:
         result = g2g_stack(of_size(3, samples), layers, backend=backend)
         (result.counts.sum() + sum(state.sum() for state in result.states)).backward()
         result.spikes[0].dense()
+    if backend == "cpu":  # chunks of two steps and one
+        feed, own = (
+            Connection("linear", *weights(2), -1, None, of_size()),
+            Connection("linear", *weights(2), 0, Delay(1, 1)),
+        )
+        result = g2g_stack(of_size(3, samples), [layer("adlif", "zero", feed, own)], backend=backend, chunk=2)
+        (result.counts.sum() + result.states[0].sum()).backward()
     if backend == "cpu":  # images
         shape, options = (1, 2, 3), Convolution((1, 1), (1, 1), (1, 1), 1)
         pool = Pool("max", (2, 2), (2, 2))

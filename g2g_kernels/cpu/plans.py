@@ -30,6 +30,8 @@ LEAST_SIDE = 16
 #: are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators are then
 #: called one after the other; and by a recurrent connection.
 IN_LISTS = {"linear": (0.2, 0), "stack": (0.02, 1 << 17), "recurrent": (0.02, 1 << 12)}
+#: neurons of a range of lists, which 16 bits number
+MOST_OTHERS = 1 << 16
 #: weights that are compared where a tensor's version says that none has changed
 SAMPLED = 1024
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
@@ -49,7 +51,7 @@ def blocks(grid: tuple[int, int], packed: tuple[int, ...]) -> tuple[int, int]:
 class Plan:
     """A built plan of a mask for ``packed`` weights of that shape, or weights in lists; ``address`` is what kernels
     take. ``owners``: None for a plan of tiles, ``"rows"`` or ``"cols"`` for lists of the weights of each neuron of that
-    side, cut into ranges of ``length`` neurons of the other (csrc/lists.h).
+    side, cut into ranges of ``length`` neurons of the other at most (csrc/lists.h).
     """
 
     def __init__(self, mask: MaskTensors, packed: tuple[int, ...], owners: str | None = None, length: int = 0) -> None:
@@ -164,10 +166,9 @@ def in_lists(grid: tuple[int, int], packed: tuple[int, ...], use: str) -> bool:
     return packed[0] * cost < share * math.prod(grid) and math.prod(blocks(grid, packed)) >= least * min(cost, 1.0)
 
 
-def lists_for(mask: MaskTensors, values: torch.Tensor, owners: str, length: int | None = None) -> Plan:
-    """As :func:`plan_for`, the weights in lists by the neurons of the ``"rows"`` or ``"cols"``, those of the other side
-    in ranges of so many; None: in one."""
-    return plan_for(mask, values, owners, length or mask.shape[owners == "rows"])
+def lists_for(mask: MaskTensors, values: torch.Tensor, owners: str) -> Plan:
+    """As :func:`plan_for`, the weights in lists by the neurons of the ``"rows"`` or ``"cols"``."""
+    return plan_for(mask, values, owners, MOST_OTHERS)
 
 
 def plan_for(mask: MaskTensors, values: torch.Tensor, *way: Any) -> Plan:

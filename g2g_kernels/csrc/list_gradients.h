@@ -71,12 +71,12 @@ struct KnownPopulation {
                     &refractory = shared.parameters[3], &resets_current = shared.parameters[4], &theta = shared.parameters[5];
     const int64_t sample, samples;
     const Steps spikes, events;
-    std::vector<Real> reaching;  // of each gradient event: ∂L/∂S by what has been visited, then h
+    std::vector<std::vector<Real>> reaching;  // of each step's gradient events: ∂L/∂S by what has been visited, then h
 
     KnownPopulation(const SharedPopulation& population, const ListNetwork& a, int64_t number)
         : shared(population), sample(number), samples(a.samples),
           spikes(given.spike_counts, given.spike_neurons, number, a.steps),
-          events(given.event_counts, given.event_neurons, number, a.steps), reaching(events.first.back()) {}
+          events(given.event_counts, given.event_neurons, number, a.steps), reaching(a.steps) {}
 
     const Real* row(const void* rows, int64_t number) const {
         return rows ? static_cast<const Real*>(rows) + (number * samples + sample) * shared.size : nullptr;
@@ -85,6 +85,7 @@ struct KnownPopulation {
     // From which step on a neuron is ready before its first spike, and after one in step t.
     int32_t first_ready(int32_t n) const { return given.state ? waiting(row(given.state, 0)[n]) : 0; }
     int32_t ready_after(int32_t n, int32_t t) const { return t + std::max(steps_of(refractory.of(n)), 1); }
+    Real* reaching_in(int32_t t) { return reaching[t].resize(events.count(t)), reaching[t].data(); }
 };
 
 // --- backward ---------------------------------------------------------------------------------------------------
@@ -148,20 +149,21 @@ struct BackwardPopulation : KnownPopulation {
             for (int port = 0; port < 2; ++port) total[port][each.member] += seen[port][each.member];
         }
     }
-    // Back over step t, with its gradient events.
-    void back(int32_t t, const ListNetwork& a) {
+    // Back over step t, with its gradient events, of which it keeps h if that is needed later.
+    void back(int32_t t, const ListNetwork& a, bool keeps) {
         const int32_t number = t - (a.steps - given.tail_steps);  // of the last steps
         const bool is_last = number >= 0 && !(a.truncate && t / a.truncate != (a.steps - 1) / a.truncate);
         const Real *const of_all = row(given.grad_rates, 0), *const of_last = is_last ? row(given.grad_tail, number) : nullptr;
         const Real* const slopes = static_cast<const Real*>(given.slopes) + events.offset(given.event_neurons);
-        for (int64_t i = events.first[t]; i < events.first[t + 1]; ++i) {
-            const int32_t n = events.neurons[i];
-            Real to_spike = reaching[i];
-            if (of_all) to_spike += of_all[n];
-            if (of_last) to_spike += of_last[n];
-            reaching[i] = slopes[i] * to_spike;
-            if (reaching[i] != 0) activate(n, t).h = reaching[i];
+        Real* const to_spikes = reaching_in(t);
+        for (int64_t i = 0; i < events.count(t); ++i) {
+            const int32_t n = events.at(t)[i];
+            if (of_all) to_spikes[i] += of_all[n];
+            if (of_last) to_spikes[i] += of_last[n];
+            to_spikes[i] *= slopes[events.first[t] + i];
+            if (to_spikes[i] != 0) activate(n, t).h = to_spikes[i];
         }
+        if (!keeps) std::vector<Real>().swap(reaching[t]);
         for (Active& each : active) {
             const int32_t n = each.neuron;
             const bool fires = t == each.spike;
@@ -224,12 +226,13 @@ private:
     void find(int32_t n) {
         const Lists& lists = *given.lists;
         begin[n] = static_cast<int64_t>(members.size());
-        for (int64_t e = lists.first[n]; e < lists.first[n + 1]; ++e) {
-            const int32_t m = target.member[lists.other[e]];
-            if (m < 0) continue;
-            members.push_back(m), weights.push_back(static_cast<const Real*>(given.weights)[e]);
-            if (wanted) places.push_back(lists.place[e]), sums.push_back(0);
-        }
+        for (int32_t range = 0; range < lists.ranges; ++range)
+            for (int64_t e = lists.of_range(range)[n]; e < lists.of_range(range)[n + 1]; ++e) {
+                const int32_t m = target.member[range * lists.length + lists.other[e]];
+                if (m < 0) continue;
+                members.push_back(m), weights.push_back(static_cast<const Real*>(given.weights)[e]);
+                if (wanted) places.push_back(lists.place[e]), sums.push_back(0);
+            }
         end[n] = static_cast<int64_t>(members.size());
     }
 };
@@ -256,11 +259,12 @@ class BackwardRun {
             return;
         }
         const auto arrives = [&](int32_t n) { return !each.delays || each.delays[n] == delay; };
-        for (int64_t i = source.spikes.first[then]; i < source.spikes.first[then + 1]; ++i)
-            if (const int32_t n = source.spikes.neurons[i]; arrives(n)) visited[c].visit(n, 1, false);
+        for (int64_t i = 0; i < source.spikes.count(then); ++i)
+            if (const int32_t n = source.spikes.at(then)[i]; arrives(n)) visited[c].visit(n, 1, false);
         if (a.truncate && then / a.truncate != t / a.truncate) return;
-        for (int64_t i = source.events.first[then]; i < source.events.first[then + 1]; ++i)
-            if (const int32_t n = source.events.neurons[i]; arrives(n)) source.reaching[i] += visited[c].visit(n, 0, true);
+        Real* const to_spikes = source.reaching_in(then);
+        for (int64_t i = 0; i < source.events.count(then); ++i)
+            if (const int32_t n = source.events.at(then)[i]; arrives(n)) to_spikes[i] += visited[c].visit(n, 0, true);
     }
 
     // Visits those of a row of numbers that are not 0, or all, if their gradients are wanted.
@@ -301,7 +305,8 @@ public:
             visited.emplace_back(a.connections[c], populations[a.connections[c].target], sums.connections[c].values != nullptr);
     }
 
-    void run() {
+    // keeps: h of every gradient event.
+    void run(bool keeps) {
         for (int32_t t = a.steps - 1; t >= 0; --t) {
             for (BackwardPopulation& each : populations) each.expose(t);
             for (int32_t c = 0; c < a.connection_count; ++c) {
@@ -310,7 +315,7 @@ public:
                 for (int32_t delay = each.least; delay <= each.most; ++delay)
                     each.source < 0 ? visit_inputs(c, t, delay) : visit_spikes(c, t, delay);
             }
-            for (BackwardPopulation& each : populations) each.back(t, a);
+            for (BackwardPopulation& each : populations) each.back(t, a, keeps);
             if (a.truncate && t && t % a.truncate == 0)
                 for (BackwardPopulation& each : populations) each.cut();
         }
@@ -368,8 +373,8 @@ struct Derivatives : Stepper {
             each.g_by_decay_g = gamma * each.g_by_decay_g + each.g;
             each.u = beta * each.u + c * each.g, each.g *= gamma;
         }
-        for (int64_t i = known.events.first[t]; i < known.events.first[t + 1]; ++i)
-            add(members[known.member[known.events.neurons[i]]], known.reaching[i], -1, 0);
+        for (int64_t i = 0; i < known.events.count(t); ++i)
+            add(members[known.member[known.events.at(t)[i]]], known.reaching[t][i], -1, 0);
         fired.assign(known.spikes.at(t), known.spikes.at(t) + known.spikes.count(t));
         for (const int32_t n : fired)
             if (const int32_t m = known.member[n]; m >= 0) reset(members[m], t);
@@ -445,7 +450,7 @@ inline void list_gradients(ListNetwork& a, Arena& arena) {
         try {
             for (int64_t sample = part; sample < a.samples; sample += parts) {
                 BackwardRun backward(call, sample, sums[part]);
-                backward.run();
+                backward.run(of_neurons);
                 if (!of_neurons) continue;
                 ListNetwork known = a;
                 known.spikes = known.events = nullptr;

@@ -73,21 +73,23 @@ inline void store_by_neuron(const float* panel, int64_t rows, int64_t size, int6
 // A list of weights and what they multiply.
 struct WeightedRows {
     const Lists& lists;
+    int32_t range;
     int64_t owner;
-    const float *values, *panel;
+    const float *values, *all_rows;
     int64_t slice;
-    const int32_t* other = lists.other.data() + lists.first[owner];
-    const int32_t* place = lists.place.data() + lists.first[owner];
-    int64_t count = lists.first[owner + 1] - lists.first[owner];
+    const int64_t first = lists.of_range(range)[owner], count = lists.of_range(range)[owner + 1] - first;
+    const uint16_t* other = lists.other.data() + first;
+    const int32_t* place = lists.place.data() + first;
+    const float* panel = all_rows + int64_t{range} * lists.length * slice;
 
-    // out[0 … V·W − 1] = start + Σ weight · row, from column `at` on.
+    // out[0 … V·W − 1] = start + Σ weight · row, from column `at` on; += in ranges but the first.
     template <int V>
     void sum(float start, int64_t at, float* out) const {
         Vec acc[V];
-        unrolled<V>([&](auto v) { acc[v] = all(start); });
+        unrolled<V>([&](auto v) { acc[v] = range ? load(out + at + v * W) : all(start); });
         for (int64_t e = 0; e < count; ++e) {
             const Vec weight = all(values[place[e]]);
-            const float* row = panel + other[e] * slice + at;
+            const float* row = panel + int64_t{other[e]} * slice + at;
             unrolled<V>([&](auto v) { acc[v] = fma(weight, load(row + v * W), acc[v]); });
         }
         unrolled<V>([&](auto v) { store(out + at + v * W, acc[v]); });
@@ -107,7 +109,7 @@ struct WeightedRows {
         Vec dot[4] = {};
         for (int64_t at = 0; at < slice; at += W) {
             const Vec of_x = load(x + at);
-            unrolled<N>([&](auto k) { dot[k] = fma(of_x, load(panel + other[e + k] * slice + at), dot[k]); });
+            unrolled<N>([&](auto k) { dot[k] = fma(of_x, load(panel + int64_t{other[e + k]} * slice + at), dot[k]); });
         }
         float sums[4];
         sums_of(dot, sums);
@@ -133,7 +135,8 @@ inline void list_linear_forward(Linear& a, Arena& arena) {
         load_by_neuron(a.x, a.x_half, begin, rows, inputs, slice, a.threads, x);
         each_part(outputs, kListOwners, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i)
-                WeightedRows{lists, i, a.values, x, slice}.sum_row(a.bias ? a.bias[i] : 0.0f, y + i * slice);
+                for (int32_t range = 0; range < lists.ranges; ++range)
+                    WeightedRows{lists, range, i, a.values, x, slice}.sum_row(a.bias ? a.bias[i] : 0.0f, y + i * slice);
         });
         store_by_neuron(y, rows, outputs, slice, a.threads, a.y, a.y_half, begin);
     }
@@ -158,11 +161,12 @@ inline void list_linear_backward(Linear& a, Arena& arena) {
                 for (int64_t at = 0; at < slice; at += W) bias[i] += sum_of(load(grad_y + i * slice + at));
             });
         each_part(inputs, kListOwners, a.threads, [&](int64_t first, int64_t last) {
-            for (int64_t j = first; j < last; ++j) {
-                const WeightedRows list{lists, j, a.values, grad_y, slice};
-                if (a.grad_x) list.sum_row(0.0f, grad_x + j * slice);
-                if (a.grad_values) list.products(x + j * slice, a.grad_values);
-            }
+            for (int64_t j = first; j < last; ++j)
+                for (int32_t range = 0; range < lists.ranges; ++range) {
+                    const WeightedRows list{lists, range, j, a.values, grad_y, slice};
+                    if (a.grad_x) list.sum_row(0.0f, grad_x + j * slice);
+                    if (a.grad_values) list.products(x + j * slice, a.grad_values);
+                }
         });
         if (a.grad_x) store_by_neuron(grad_x, rows, inputs, slice, a.threads, a.grad_x, a.x_half, begin);
     }

@@ -8,7 +8,7 @@
 // and so does Vᵀ·∂I, which a window needs of windows before it. In the same visit the weight's gradient is summed over the lanes in
 // which its source has spiked. Memory: the weights, the states of every step, and D steps of Vᵀ·∂I.
 //
-// Each sum has one order whatever the threads: of currents, by source; of Vᵀ·∂I, by target, those at even and at odd places apart; of
+// Each sum has one order whatever the threads: of currents, by source; of Vᵀ·∂I, by range, those at even and at odd places apart; of
 // gradients of weights, by group, window downwards and lane.
 #pragma once
 
@@ -128,15 +128,19 @@ struct SpikeSum {
         if (words) each_bit(words, 0, call.words, note);
         for (int64_t n = 0; sent && n < call.a.size; ++n)
             if (sent[n] != 0.0f) note(n);
-        for (int64_t i = 0; i < count; ++i) {
-            if (i + kAhead < count) {
-                const int64_t* const next = lists.first.data() + neurons[i + kAhead];
-                for (int64_t e = next[0]; e < least(next[0] + 64, next[1]); e += 16)
-                    __builtin_prefetch(lists.other.data() + e), __builtin_prefetch(weights + e);
+        for (int32_t range = 0; range < lists.ranges; ++range) {
+            const int64_t* const first = lists.of_range(range);
+            float* const targets = current + int64_t{range} * lists.length;
+            for (int64_t i = 0; i < count; ++i) {
+                if (i + kAhead < count) {
+                    const int64_t* const next = first + neurons[i + kAhead];
+                    for (int64_t e = next[0]; e < least(next[0] + 64, next[1]); e += 16)
+                        __builtin_prefetch(lists.other.data() + e), __builtin_prefetch(weights + e);
+                }
+                const float size = sent ? sent[neurons[i]] : 1.0f;
+                const int64_t last = first[neurons[i] + 1];
+                for (int64_t e = first[neurons[i]]; e < last; ++e) targets[lists.other[e]] += size * weights[e];
             }
-            const float size = sent ? sent[neurons[i]] : 1.0f;
-            const int64_t last = lists.first[neurons[i] + 1];
-            for (int64_t e = lists.first[neurons[i]]; e < last; ++e) current[lists.other[e]] += size * weights[e];
         }
     }
 };
@@ -218,28 +222,24 @@ void loop_step_backward(const LoopCall& call, const LoopStepBackward& step) {
     }
 }
 
-// Of one source: Vᵀ·∂I, and what its spikes, a bit per lane, add to the gradients of its weights.
+// Of one source and the targets of a range: adds Vᵀ·∂I to its row, and what its spikes, a bit per lane, add to the gradients of its
+// weights.
 template <int L>
-void gather(const LoopCall& call, int64_t source, const float* to_current, uint32_t spikes, float* sum, float* grad) {
-    constexpr int64_t kAhead = 16;
+void gather(const LoopCall& call, int32_t range, int64_t source, const float* to_current, uint32_t spikes, float* sum, float* grad) {
     typedef typename RowOf<L>::type Row;
     const float* const weights = call.a.weights;
-    const int32_t* const target = call.lists.other.data();
-    const int64_t first = call.lists.first[source], last = call.lists.first[source + 1];
-    const int64_t inside = least(last, call.lists.entries() - kAhead - 1);
-    const auto row = [&](int64_t e) -> const Row& { return *reinterpret_cast<const Row*>(to_current + int64_t{target[e]} * L); };
+    const uint16_t* const target = call.lists.other.data();
+    const int64_t first = call.lists.of_range(range)[source], last = call.lists.of_range(range)[source + 1];
+    const float* const rows = to_current + int64_t{range} * call.lists.length * L;
+    const auto row = [&](int64_t e) -> const Row& { return *reinterpret_cast<const Row*>(rows + int64_t{target[e]} * L); };
     Row even = Row{}, odd = Row{};
     int64_t e = first;
-    for (; e + 2 <= inside; e += 2) {
-        __builtin_prefetch(&row(e + kAhead));
-        __builtin_prefetch(&row(e + kAhead + 1));
-        even = even + row(e) * weights[e];
-        odd = odd + row(e + 1) * weights[e + 1];
-    }
-    for (; e < last; ++e) even = even + row(e) * weights[e];
-    *reinterpret_cast<Row*>(sum) = even + odd;
+    for (; e + 2 <= last; e += 2) even = even + row(e) * weights[e], odd = odd + row(e + 1) * weights[e + 1];
+    if (e < last) even = even + row(e) * weights[e];
+    Row& to = *reinterpret_cast<Row*>(sum);
+    to = range ? to + (even + odd) : even + odd;
     for (; spikes; spikes &= spikes - 1) {
-        const float* const lane = to_current + __builtin_ctz(spikes);
+        const float* const lane = rows + __builtin_ctz(spikes);
         for (e = first; e < last; ++e) grad[e] += lane[int64_t{target[e]} * L];
     }
 }
@@ -333,14 +333,14 @@ struct LoopBackward {
         });
     }
 
-    // Sources first … last − 1, to which this window passes what reaches the spikes of D steps before.
-    void visit(int64_t first, int64_t last) const {
+    // Sources first … last − 1, to which this window passes what reaches the spikes of D steps before from the targets of a range.
+    void visit(int32_t range, int64_t first, int64_t last) const {
         float* const to = reaching + window % rings * call.padded * lanes;
         choose(Widths{}, __builtin_ctzll(lanes), [&](auto width) {
             for (int64_t n = first; n < last; ++n)
-                gather<decltype(width)::value>(call, n, to_current, grad ? spikes[n] : 0, to + n * lanes, grad);
+                gather<decltype(width)::value>(call, range, n, to_current, grad ? spikes[n] : 0, to + n * lanes, grad);
         });
-        if (a.grad_sent)
+        if (a.grad_sent && range + 1 == call.lists.ranges)
             each_lane([&](int64_t t, int64_t s, int64_t lane) {
                 float* const of_sent = t < a.delay ? call.row(a.grad_sent, 0, t, sample + s) : nullptr;
                 for (int64_t n = first; of_sent && n < last; ++n) of_sent[n] = to[n * lanes + lane];
@@ -386,8 +386,9 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
             parallel(a.threads, divide_up(call.padded, kNeurons), 8, [&](int64_t i, int worker) {
                 run.back(i * kNeurons, least(call.padded, (i + 1) * kNeurons), worker);
             });
-            if (run.begin + a.window > a.delay || a.sent)
-                each_part(a.size, kSources, a.threads, [&](int64_t first, int64_t last) { run.visit(first, last); });
+            const bool visits = run.begin + a.window > a.delay || a.sent;
+            for (int32_t range = 0; visits && range < call.lists.ranges; ++range)
+                each_part(a.size, kSources, a.threads, [&](int64_t first, int64_t last) { run.visit(range, first, last); });
         }
         for (int64_t s = 0; s < run.samples; ++s) {
             if (a.grad_state) call.store_states(run.states + s * call.rows, run.sample + s, a.grad_state);

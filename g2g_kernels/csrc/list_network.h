@@ -27,10 +27,11 @@ namespace g2g::G2G_ISA {
 
 constexpr uint64_t kOfVector = (uint64_t{1} << W) - 1;  // a bit for each of its lanes
 
-// Weights of one source that something arrives over, times a factor.
+// Weights of one source, to targets of one range, that something arrives over, times a factor.
 struct Arrival {
-    const int32_t* target;
+    const uint16_t* target;  // from neuron `base` on
     const Real* weight;
+    int32_t base;
     int64_t count;
     Real factor;
     bool to_membrane;
@@ -114,12 +115,13 @@ void each_weight(const Arrivals& arrivals, const Ahead& ahead, const F& f) {
         const Arrival arrival = arrivals[i];
         const int64_t inside = most(arrival.count - kAhead, 0);
         for (int64_t e = 0; e < inside; ++e) {
-            ahead(arrival.target[e + kAhead]);
-            f(arrival, arrival.target[e], arrival.factor * arrival.weight[e]);
+            ahead(arrival.base + arrival.target[e + kAhead]);
+            f(arrival, arrival.base + arrival.target[e], arrival.factor * arrival.weight[e]);
         }
         if (i + 1 < arrivals.size())
-            for (int64_t e = 0; e < least(arrivals[i + 1].count, kAhead); ++e) ahead(arrivals[i + 1].target[e]);
-        for (int64_t e = inside; e < arrival.count; ++e) f(arrival, arrival.target[e], arrival.factor * arrival.weight[e]);
+            for (int64_t e = 0; e < least(arrivals[i + 1].count, kAhead); ++e) ahead(arrivals[i + 1].base + arrivals[i + 1].target[e]);
+        for (int64_t e = inside; e < arrival.count; ++e)
+            f(arrival, arrival.base + arrival.target[e], arrival.factor * arrival.weight[e]);
     }
 }
 
@@ -540,10 +542,14 @@ class SampleRun {
     std::vector<std::pair<int32_t, Real>> late;
 
     void arrive(const ListConnection& each, int32_t source, Real size) {
-        const int64_t* const first = each.lists->first.data() + source;
-        const Real* const weights = static_cast<const Real*>(each.weights) + first[0];
-        if (first[1] > first[0])
-            arrivals.push_back({each.lists->other.data() + first[0], weights, first[1] - first[0], size, each.to_membrane != 0});
+        const Lists& lists = *each.lists;
+        for (int32_t range = 0; range < lists.ranges; ++range) {
+            const int64_t* const first = lists.of_range(range) + source;
+            const Real* const weights = static_cast<const Real*>(each.weights) + first[0];
+            if (first[1] > first[0])
+                arrivals.push_back({lists.other.data() + first[0], weights, range * lists.length, first[1] - first[0], size,
+                                    each.to_membrane != 0});
+        }
     }
     Sent& of(int32_t source, int64_t t) {
         std::vector<Sent>& ring = sent[source];

@@ -26,13 +26,13 @@ constexpr uint64_t kStep = 0x9E3779B97F4A7C15u;  // of the places, so that the o
 
 Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
                    int32_t by_rows, int32_t length) {
-    if (length < 1 || !valid(rows, cols, unit_row, unit_col, units)) return nullptr;
+    if (length < 1 || length > kMostOthers || !valid(rows, cols, unit_row, unit_col, units)) return nullptr;
     Lists made;
     made.owners = by_rows ? rows.size : cols.size;
     made.others = by_rows ? cols.size : rows.size;
-    made.length = length;
     made.ranges = (made.others - 1) / length + 1;
-    const auto list = [&](int32_t owner, int32_t other) { return int64_t{other / length} * made.owners + owner; };
+    made.length = (made.others - 1) / made.ranges + 1;
+    const auto list = [&](int32_t owner, int32_t other) { return int64_t{other / made.length} * made.owners + owner; };
     // f(index in the packed values, owner, other) of every weight, in the order of those values
     const auto each = [&](const auto& f) {
         for (int32_t slot = 0; slot < units; ++slot)
@@ -64,7 +64,7 @@ Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, 
     for (int32_t other = 0; other < made.others; ++other)
         for (int64_t i = begin[other]; i < begin[other + 1]; ++i) {
             const int64_t at = next[list(sorted[i].owner, other)]++;
-            made.other[at] = other;
+            made.other[at] = static_cast<uint16_t>(other % made.length);
             made.place[at] = sorted[i].place;
         }
     made.fingerprint = fingerprint(rows, cols, unit_row, unit_col, units);

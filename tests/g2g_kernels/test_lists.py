@@ -24,6 +24,8 @@ pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="the c
 #: as of every kernel: of a tensor relative to its largest number; of a sum whose parts cancel, to the sum of their
 #: sizes
 CLOSE = 2e-5
+#: of the neurons of a range of lists at most: one range, and several
+RANGES = (plans.MOST_OTHERS, 17)
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +56,9 @@ def assert_close(found, expected, mask=None, scale=None) -> None:
 SIZES = {"rows": (1, 15, 16, 17, 700), "sizes": ((1, 1), (37, 64), (300, 21), (129, 513)), "block_size": (1, 3, 15)}
 
 
-@every_pair(**SIZES, density=(0.0, 0.03, 0.6), inputs=("floats", "spikes"), bias=(False, True))
-def test_a_linear_layer_is_that_of_float64(rows, sizes, block_size, density, inputs, bias):
+@every_pair(**SIZES, density=(0.0, 0.03, 0.6), inputs=("floats", "spikes"), bias=(False, True), in_a_range=RANGES)
+def test_a_linear_layer_is_that_of_float64(monkeypatch, rows, sizes, block_size, density, inputs, bias, in_a_range):
+    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
     mask, values = weights(*sizes, block_size, density)
     x = torch.randn(rows, sizes[1], generator=seeded(3))
     x = (x > 1).float() if inputs == "spikes" else x
@@ -86,11 +89,13 @@ WITH_OR_WITHOUT = dict.fromkeys(("held", "state", "dropped", "per_neuron"), (Fal
     threads=(1, 2),
     summed=(False, True),
     delay=(1, 2, 3, 5, 18),
+    in_a_range=RANGES,
 )
 def test_a_loop_over_all_steps_is_that_of_float64(
-    model, reset, surrogate, size, batch, block_size, held, state, dropped, per_neuron, to_membrane, threads, summed,
-    delay,
+    monkeypatch, model, reset, surrogate, size, batch, block_size, held, state, dropped, per_neuron, to_membrane,
+    threads, summed, delay, in_a_range,
 ):  # fmt: skip
+    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
     steps, names = 13, MODELS[model].parameters
     draw = seeded(size + batch)
     mask, values = weights(size, size, block_size, 0.2, scale=0.5)
@@ -258,6 +263,7 @@ NETWORKS = {
     "threads": (1, 2),
     "neurons": ("all", "reached", ""),
     "dtype": (torch.float32, torch.float64),
+    "in_a_range": RANGES,
     **dict.fromkeys(("state", "dropped", "per_neuron", "bias"), (False, True)),
 }
 #: of the parameters of neurons, from the least to the most; the others are from 0.3 to 0.9
@@ -331,10 +337,11 @@ def assert_same_run(found, expected, close):
 
 @every_pair(**NETWORKS, membranes=(False, True, (3, 0, 3)))
 def test_networks_by_events_are_those_of_float64(
-    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias,
-    membranes,
+    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, in_a_range, state, dropped,
+    per_neuron, bias, membranes,
 ):  # fmt: skip
     monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
+    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
     of = model, reset, delay, onto, batch, inputs, dtype, state, dropped, per_neuron, bias
     x, unobserved, steps, before = network(*of)
     populations = tuple([each._replace(membranes=membranes) for each in unobserved])
@@ -374,10 +381,11 @@ GRADIENTS = {
 }
 
 
-def compare_gradients(threads, neurons, truncate, dtype, **of):
+def compare_gradients(threads, neurons, truncate, dtype, in_a_range, **of):
     x, populations, steps, before = network("cubalif", dtype=dtype, **of)
     with pytest.MonkeyPatch.context() as patch, pytorch_threads(threads):
         patch.setenv("G2G_CPU_NEURONS", neurons)
+        patch.setattr(plans, "MOST_OTHERS", in_a_range)
         found, mine = with_gradients(x, populations, steps, before, "cpu", truncate=truncate)
     tensors, form = opened((x, populations, before))
     exact = built(form, [exactly(each) for each in tensors])
@@ -393,8 +401,8 @@ def compare_gradients(threads, neurons, truncate, dtype, **of):
 
 @every_pair(**GRADIENTS)
 def test_gradients_by_events_are_those_of_float64(
-    reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias, truncate, surrogate,
-    alpha,
+    reset, delay, onto, batch, inputs, threads, neurons, dtype, in_a_range, state, dropped, per_neuron, bias, truncate,
+    surrogate, alpha,
 ):  # fmt: skip
     compare_gradients(**locals())
 
@@ -434,10 +442,11 @@ SPARSE = NETWORKS | {"inputs": ("spikes", "floats"), "alone": (False, True), "tr
 
 @every_pair(**SPARSE)
 def test_sparse_inputs_by_events_give_every_bit_that_dense_ones_give(
-    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias,
-    alone, truncate, chunk,
+    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, in_a_range, state, dropped,
+    per_neuron, bias, alone, truncate, chunk,
 ):  # fmt: skip
     monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
+    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
     of = model, reset, delay, onto, batch, inputs, dtype, state, dropped, per_neuron, bias
     x, (first, second), _, before = network(*of)
     if alone:  # only one connection receives the inputs

@@ -11,7 +11,7 @@ from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import COUNT, WHOLE
 from g2g_kernels.ops.g2g_conv2d import pair_of
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
-from g2gnet.layers import SparseLayer, checked_mask
+from g2gnet.layers import SparseLayer, checked_mask, parameter_of
 
 #: one number for both axes of an image, two, or one of PyTorch's names of a padding
 Size = int | Sequence[int]
@@ -108,14 +108,14 @@ class G2GConv2d(nn.Conv2d):
         ``mask`` is a :class:`BlockMask`, or bool [out_channels, in_channels / groups], read as single kernels. None:
         the kernels that ``torch.nn.utils.prune`` left something of, or a layer without a mask if it pruned nothing.
         ``backend`` is that of ``conv``, where it has one, if None. Raises ValueError if the shapes of mask and kernels
-        differ, and for a padding other than zeros; TypeError for a layer that is no ``nn.Conv2d``.
+        differ, and for a padding other than zeros; TypeError for a layer that is no ``nn.Conv2d``, and for a weight or
+        bias that hooks compute.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv is {type(conv).__name__}; give an nn.Conv2d")
         _refuse_padding(conv.padding_mode)
+        weight, bias = (parameter_of(conv, name) for name in ("weight", "bias"))
         pruned: torch.Tensor | None = getattr(conv, "weight_mask", None)
-        # under pruning conv.weight is a product of the last forward pass
-        weight: torch.Tensor = conv.weight if pruned is None else conv.get_parameter("weight_orig") * pruned
         if mask is None and pruned is not None:
             mask = pruned.flatten(2).any(2)
         if mask is not None and not isinstance(mask, BlockMask):
@@ -128,23 +128,23 @@ class G2GConv2d(nn.Conv2d):
             conv.padding,
             conv.dilation,
             conv.groups,
-            conv.bias is not None,
+            bias is not None,
             mask,
             getattr(conv, "backend", None) if backend is None else backend,
             torch.Generator(),  # initial values, which are replaced at once, do not change the global generator
         )
-        layer._take(conv, weight)
+        layer._take(conv, weight, bias)
         return layer
 
-    def _take(self, layer: Any, weight: torch.Tensor) -> None:
-        """Takes device, dtype, mode and parameters from a layer of the same options."""
+    def _take(self, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Takes device, dtype and mode of a layer of the same options, its ``weight`` and its ``bias``."""
         self.to(weight.device, weight.dtype).train(layer.training)
         if weight.is_contiguous(memory_format=torch.channels_last):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
-        for mine, given, like in ((self.weight, weight, layer.weight), (self.bias, layer.bias, layer.bias)):
-            if mine is not None:
+        for mine, given in ((self.weight, weight), (self.bias, bias)):
+            if given is not None:
                 mine.data.copy_(given.detach())
-                mine.requires_grad_(like.requires_grad)
+                mine.requires_grad_(given.requires_grad)
 
     @property
     def padding_mode(self) -> Any:

@@ -49,6 +49,26 @@ def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
+def parameter_of(layer: nn.Module, name: str) -> Any:
+    """The ``name`` ("weight" or "bias") that the next forward pass of a dense layer will use, or None if it has none: a
+    parameter, one times the mask that ``torch.nn.utils.prune`` put on it, or what parametrizations make of it.
+
+    Raises TypeError for one that hooks compute, as those of ``torch.nn.utils.weight_norm`` and ``spectral_norm`` do:
+    the layer's attribute is of the last forward pass, or of none.
+    """
+    with torch.enable_grad():  # so that what is computed here requires gradients as its parameters do
+        pruned: torch.Tensor | None = getattr(layer, f"{name}_mask", None)
+        if pruned is not None:
+            return layer.get_parameter(f"{name}_orig") * pruned
+        if name in vars(layer):
+            raise TypeError(
+                f"{name} of the {type(layer).__name__} is no parameter: hooks compute it in each forward pass, as do "
+                "those of torch.nn.utils.weight_norm and spectral_norm. Use torch.nn.utils.parametrizations, or remove "
+                "them first: torch.nn.utils.remove_weight_norm, remove_spectral_norm"
+            )
+        return getattr(layer, name)
+
+
 class StepObserver(Protocol):
     """What :attr:`SparseLayer.observer` is told."""
 
@@ -102,14 +122,14 @@ class SparseLayer(PackedWeights):
                 uniform = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device) * 2 - 1
                 tensor.copy_(uniform * bound)
 
-    def _take(self, layer: Any, weight: torch.Tensor) -> None:
-        """Takes device, dtype, mode, and those of its ``weight`` that exist here from a dense layer."""
+    def _take(self, layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Takes device, dtype and mode of a dense layer, those of its ``weight`` that exist here, and its ``bias``."""
         self.to(weight.device, weight.dtype).train(layer.training)
         self.values.data.copy_(self.mask.pack(weight.detach()))
         self.values.requires_grad_(weight.requires_grad)
-        if self.bias is not None:
-            self.bias.data.copy_(layer.bias.detach())
-            self.bias.requires_grad_(layer.bias.requires_grad)
+        if bias is not None:
+            self.bias.data.copy_(bias.detach())
+            self.bias.requires_grad_(bias.requires_grad)
 
     def dense_weight(self) -> torch.Tensor:
         """The weight in dense form, [out, in] or [out, in, kernel rows, kernel columns], zero where nothing exists;
@@ -184,11 +204,10 @@ class G2GLinear(SparseLayer):
 
         ``mask`` is a :class:`BlockMask`, or bool [out, in], read as units of single weights. None: the mask that
         ``torch.nn.utils.prune`` put on the layer, or every weight if it put none. Raises ValueError if the shapes of
-        mask and weight differ.
+        mask and weight differ; TypeError for a weight or bias that hooks compute.
         """
+        weight, bias = (parameter_of(linear, name) for name in ("weight", "bias"))
         pruned: torch.Tensor | None = getattr(linear, "weight_mask", None)
-        # under pruning linear.weight is a product of the last forward pass
-        weight: torch.Tensor = linear.weight if pruned is None else linear.get_parameter("weight_orig")
         if mask is None and pruned is not None:
             mask = pruned.bool()
         if mask is None:
@@ -198,8 +217,8 @@ class G2GLinear(SparseLayer):
         if mask.shape != tuple(weight.shape):
             raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
         # initial values, which are replaced at once, are drawn without changing the global generator
-        layer = cls(mask, bias=linear.bias is not None, backend=backend, generator=torch.Generator())
-        layer._take(linear, weight)
+        layer = cls(mask, bias=bias is not None, backend=backend, generator=torch.Generator())
+        layer._take(linear, weight, bias)
         return layer
 
     @classmethod

@@ -24,7 +24,7 @@ from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
 from g2gnet.base.optional import optional_package
 from g2gnet.convolution import G2GConv2d
 from g2gnet.interop.arrays import FINITE, Mask, numbers
-from g2gnet.layers import G2GLinear
+from g2gnet.layers import G2GLinear, parameter_of
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.spiking_network import READOUTS, SpikingNetwork
 from g2gnet.stack import SpikingStack, plain_layers
@@ -220,15 +220,15 @@ def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | 
 
 
 def _connection_from(name: str, linear: Any, mask: Mask | None, backend: str | None) -> Any:
-    weight: torch.Tensor = getattr(linear, "weight_orig", linear.weight)  # of torch.nn.utils.prune
+    weight, bias = (parameter_of(linear, each) for each in ("weight", "bias"))
     if isinstance(linear, nn.Conv2d):
         check_tensor("weight", weight, of=f" of {name}")
         numbers(f"{name}: weight", weight.flatten(1))
         return G2GConv2d.from_conv2d(linear, mask, backend)
     check_tensor("weight", weight, of=f" of {name}")
     size = len(numbers(f"{name}: weight", weight))
-    if linear.bias is not None:
-        numbers(f"{name}: bias", linear.bias, size)
+    if bias is not None:
+        numbers(f"{name}: bias", bias, size)
     return G2GLinear.from_linear(linear, mask, backend)
 
 

@@ -1,5 +1,8 @@
 """Other people's models made sparse, and rewired in their own training loops."""
 
+import copy
+import warnings
+
 import pytest
 import snntorch
 import torch
@@ -9,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, sparsify
+from g2gnet import LIF, DSTScheduler, G2GConv2d, G2GLinear, SpikingStack, sparsify
 from g2gnet.dst.rules import unit_correlation
 
 
@@ -63,6 +66,31 @@ def test_the_mask_is_dense_or_that_of_a_pruned_layer_or_all():
     layer = G2GLinear.from_linear(dense)
     assert torch.equal(layer.mask.to_dense(), kept)
     assert torch.equal(layer.dense_weight(), dense.weight_orig * kept)
+    layer = G2GLinear.from_linear(dense, ~kept)
+    assert not layer.dense_weight().any(), "a mask of one's own does not bring back what was pruned"
+    prune.custom_from_mask(dense, "bias", kept[:, 0])
+    with torch.no_grad():
+        dense.bias_orig += 1
+    assert torch.equal(G2GLinear.from_linear(dense).bias, dense.bias_orig * kept[:, 0])
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("dense", [nn.Linear(30, 24), nn.Conv2d(3, 4, 3)], ids=["linear", "convolution"])
+def test_weights_are_those_of_the_next_forward_pass_or_refused(norm, dense):
+    taken = G2GLinear.from_linear if isinstance(dense, nn.Linear) else G2GConv2d.from_conv2d
+    x = torch.randn(2, 30) if isinstance(dense, nn.Linear) else torch.randn(2, 3, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # weight_norm, which PyTorch keeps for networks of before
+        hooked = getattr(nn.utils, norm)(copy.deepcopy(dense))
+    with pytest.raises(TypeError, match=r"weight of the (Linear|Conv2d) is no parameter.*Use torch.nn.utils.param"):
+        taken(hooked)
+    known = getattr(nn.utils.parametrizations, norm)(copy.deepcopy(dense)).eval()
+    for parameter in known.parameters():
+        parameter.data.mul_(2)
+    with torch.no_grad():
+        layer = taken(known)
+    torch.testing.assert_close(layer(x), known(x))
+    assert all(parameter.requires_grad for parameter in layer.parameters())
 
 
 def classifier():

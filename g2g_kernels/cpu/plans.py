@@ -30,8 +30,9 @@ LEAST_SIDE = 16
 #: are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators are then
 #: called one after the other; and by a recurrent connection.
 IN_LISTS = {"linear": (0.2, 0), "stack": (0.02, 1 << 17), "recurrent": (0.02, 1 << 12)}
-#: neurons of a range of lists, which 16 bits number
-MOST_OTHERS = 1 << 16
+#: Neurons of a range of lists, which 16 bits number. Lists of fewer weights than this, on average, are not cut: where
+#: each begins would take more memory than its weights.
+MOST_OTHERS, LEAST_IN_LIST = 1 << 16, 8
 #: weights that are compared where a tensor's version says that none has changed
 SAMPLED = 1024
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
@@ -73,7 +74,7 @@ class Plan:
         given = ctypes.byref(sides[0]), ctypes.byref(sides[1]), *units
         address = lib.g2g_plan_new(*given) if owners is None else lib.g2g_lists_new(*given, owners == "rows", length)
         if not address:
-            raise ValueError("the mask's indices do not describe a valid mask")
+            raise ValueError("the mask's indices do not describe a valid mask, or memory has run out")
         self.address: int = address
         #: whether this is still the plan of what lies where the mask did that it was built from
         self._equals: Callable[[], int]
@@ -168,7 +169,12 @@ def in_lists(grid: tuple[int, int], packed: tuple[int, ...], use: str) -> bool:
 
 def lists_for(mask: MaskTensors, values: torch.Tensor, owners: str) -> Plan:
     """As :func:`plan_for`, the weights in lists by the neurons of the ``"rows"`` or ``"cols"``."""
-    return plan_for(mask, values, owners, MOST_OTHERS)
+    sizes = {"rows": len(mask.row_order), "cols": len(mask.col_order)}
+    owned = sizes.pop(owners)
+    (others,) = sizes.values()
+    ranges = -(-others // MOST_OTHERS)
+    cut = ranges == 1 or values.numel() >= LEAST_IN_LIST * owned * ranges
+    return plan_for(mask, values, owners, MOST_OTHERS if cut else others)
 
 
 def plan_for(mask: MaskTensors, values: torch.Tensor, *way: Any) -> Plan:

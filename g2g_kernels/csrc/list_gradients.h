@@ -225,10 +225,11 @@ struct Visited {
 private:
     void find(int32_t n) {
         const Lists& lists = *given.lists;
+        const Numbers other = lists.other();
         begin[n] = static_cast<int64_t>(members.size());
         for (int32_t range = 0; range < lists.ranges; ++range)
             for (int64_t e = lists.of_range(range)[n]; e < lists.of_range(range)[n + 1]; ++e) {
-                const int32_t m = target.member[range * lists.length + lists.other[e]];
+                const int32_t m = target.member[range * lists.length + other[e]];
                 if (m < 0) continue;
                 members.push_back(m), weights.push_back(static_cast<const Real*>(given.weights)[e]);
                 if (wanted) places.push_back(lists.place[e]), sums.push_back(0);

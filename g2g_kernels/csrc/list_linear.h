@@ -78,7 +78,7 @@ struct WeightedRows {
     const float *values, *all_rows;
     int64_t slice;
     const int64_t first = lists.of_range(range)[owner], count = lists.of_range(range)[owner + 1] - first;
-    const uint16_t* other = lists.other.data() + first;
+    const Numbers other = lists.other().from(first);
     const int32_t* place = lists.place.data() + first;
     const float* panel = all_rows + int64_t{range} * lists.length * slice;
 

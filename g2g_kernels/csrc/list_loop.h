@@ -122,6 +122,7 @@ struct SpikeSum {
     void add(const uint64_t* words, const float* sent, float* current) const {
         constexpr int64_t kAhead = 3;
         const Lists& lists = call.lists;
+        const Numbers target = lists.other();
         const float* const weights = call.a.weights;
         int64_t count = 0;
         const auto note = [&](int64_t n) { neurons[count++] = static_cast<int32_t>(n); };
@@ -135,11 +136,11 @@ struct SpikeSum {
                 if (i + kAhead < count) {
                     const int64_t* const next = first + neurons[i + kAhead];
                     for (int64_t e = next[0]; e < least(next[0] + 64, next[1]); e += 16)
-                        __builtin_prefetch(lists.other.data() + e), __builtin_prefetch(weights + e);
+                        __builtin_prefetch(target.at(e)), __builtin_prefetch(weights + e);
                 }
                 const float size = sent ? sent[neurons[i]] : 1.0f;
                 const int64_t last = first[neurons[i] + 1];
-                for (int64_t e = first[neurons[i]]; e < last; ++e) targets[lists.other[e]] += size * weights[e];
+                for (int64_t e = first[neurons[i]]; e < last; ++e) targets[target[e]] += size * weights[e];
             }
         }
     }
@@ -228,7 +229,7 @@ template <int L>
 void gather(const LoopCall& call, int32_t range, int64_t source, const float* to_current, uint32_t spikes, float* sum, float* grad) {
     typedef typename RowOf<L>::type Row;
     const float* const weights = call.a.weights;
-    const uint16_t* const target = call.lists.other.data();
+    const Numbers target = call.lists.other();
     const int64_t first = call.lists.of_range(range)[source], last = call.lists.of_range(range)[source + 1];
     const float* const rows = to_current + int64_t{range} * call.lists.length * L;
     const auto row = [&](int64_t e) -> const Row& { return *reinterpret_cast<const Row*>(rows + int64_t{target[e]} * L); };

@@ -29,7 +29,7 @@ constexpr uint64_t kOfVector = (uint64_t{1} << W) - 1;  // a bit for each of its
 
 // Weights of one source, to targets of one range, that something arrives over, times a factor.
 struct Arrival {
-    const uint16_t* target;  // from neuron `base` on
+    Numbers target;  // from neuron `base` on
     const Real* weight;
     int32_t base;
     int64_t count;
@@ -41,7 +41,7 @@ using Arrivals = std::vector<Arrival>;
 // A list comes from memory: its first lines are fetched early.
 inline void fetch(const Arrival& next) {
     for (int64_t e = 0; e < least(next.count, 64); e += 16) {
-        __builtin_prefetch(next.target + e);
+        __builtin_prefetch(next.target.at(e));
         __builtin_prefetch(next.weight + e);
     }
 }
@@ -547,7 +547,7 @@ class SampleRun {
             const int64_t* const first = lists.of_range(range) + source;
             const Real* const weights = static_cast<const Real*>(each.weights) + first[0];
             if (first[1] > first[0])
-                arrivals.push_back({lists.other.data() + first[0], weights, range * lists.length, first[1] - first[0], size,
+                arrivals.push_back({lists.other().from(first[0]), weights, range * lists.length, first[1] - first[0], size,
                                     each.to_membrane != 0});
         }
     }

@@ -26,7 +26,7 @@ constexpr uint64_t kStep = 0x9E3779B97F4A7C15u;  // of the places, so that the o
 
 Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
                    int32_t by_rows, int32_t length) {
-    if (length < 1 || length > kMostOthers || !valid(rows, cols, unit_row, unit_col, units)) return nullptr;
+    if (length < 1 || !valid(rows, cols, unit_row, unit_col, units)) return nullptr;
     Lists made;
     made.owners = by_rows ? rows.size : cols.size;
     made.others = by_rows ? cols.size : rows.size;
@@ -58,13 +58,20 @@ Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, 
     const std::vector<int64_t>& begin = of_other;  // whose last one is the number of entries
     std::vector<int64_t> next = begin;
     each([&](int32_t place, int32_t owner, int32_t other) { sorted[next[other]++] = {place, owner}; });
-    made.other.resize(entries);
+    const bool narrow = length <= 1 << 16;
+    if (narrow)
+        made.narrow.resize(entries);
+    else
+        made.wide.resize(entries);
     made.place.resize(entries);
     next = made.first;
     for (int32_t other = 0; other < made.others; ++other)
         for (int64_t i = begin[other]; i < begin[other + 1]; ++i) {
             const int64_t at = next[list(sorted[i].owner, other)]++;
-            made.other[at] = static_cast<uint16_t>(other % made.length);
+            if (narrow)
+                made.narrow[at] = static_cast<uint16_t>(other % made.length);
+            else
+                made.wide[at] = other % made.length;
             made.place[at] = sorted[i].place;
         }
     made.fingerprint = fingerprint(rows, cols, unit_row, unit_col, units);

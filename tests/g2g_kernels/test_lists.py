@@ -24,8 +24,8 @@ pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="the c
 #: as of every kernel: of a tensor relative to its largest number; of a sum whose parts cancel, to the sum of their
 #: sizes
 CLOSE = 2e-5
-#: of the neurons of a range of lists at most: one range, and several
-RANGES = (plans.MOST_OTHERS, 17)
+#: of the neurons of a range of lists at most: one range, several, and one of numbers of 32 bits
+RANGES = (plans.MOST_OTHERS, 17, 2**31 - 1)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +33,11 @@ def only_lists(monkeypatch):
     """Every mask of small units goes by lists, and no kernel reads what nobody wrote."""
     monkeypatch.setattr(library, "LIST_COST", 0.0)
     monkeypatch.setattr(workspace, "poison", True)
+
+
+def cut_lists(monkeypatch, in_a_range: int) -> None:
+    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
+    monkeypatch.setattr(plans, "LEAST_IN_LIST", 0)
 
 
 def layout(size: int, seed: int = 0) -> GroupLayout:
@@ -56,9 +61,36 @@ def assert_close(found, expected, mask=None, scale=None) -> None:
 SIZES = {"rows": (1, 15, 16, 17, 700), "sizes": ((1, 1), (37, 64), (300, 21), (129, 513)), "block_size": (1, 3, 15)}
 
 
+@pytest.mark.parametrize("count", [5, 70_000 * 2 * plans.LEAST_IN_LIST])
+def test_few_weights_of_many_neurons_are_not_cut_and_take_no_memory_of_ranges(count, monkeypatch):
+    size, lengths = 70_000, []
+    made = plans.Plan.__init__
+
+    def new(self, mask, packed, owners=None, length=0):
+        lengths.append(length)
+        made(self, mask, packed, owners, length)
+
+    monkeypatch.setattr(plans.Plan, "__init__", new)
+    one_by_one = GroupLayout(size, 1)
+    place = torch.linspace(0, size * size - 1, count, dtype=torch.float64).long().unique()
+    mask = BlockMask(one_by_one, one_by_one, place // size, place % size, 1)
+    values = torch.randn(count, 1, 1, generator=seeded(1), requires_grad=True)
+    x = torch.randn(2, size, generator=seeded(2), requires_grad=True)
+    y = g2g_linear(x, values, mask, backend="cpu")
+    y.backward(torch.ones_like(y))
+    expected = torch.zeros(2, size, dtype=torch.float64).index_add(
+        1, mask.unit_row, x.double()[:, mask.unit_col] * values.flatten()
+    )
+    assert_close(y, expected)
+    assert_close(values.grad.flatten(), x.double().sum(0)[mask.unit_col])
+    of_inputs = torch.zeros(size, dtype=torch.float64).index_add(0, mask.unit_col, values.detach().double().flatten())
+    assert_close(x.grad, of_inputs.expand(2, size))
+    assert set(lengths) == {size if count == 5 else plans.MOST_OTHERS}
+
+
 @every_pair(**SIZES, density=(0.0, 0.03, 0.6), inputs=("floats", "spikes"), bias=(False, True), in_a_range=RANGES)
 def test_a_linear_layer_is_that_of_float64(monkeypatch, rows, sizes, block_size, density, inputs, bias, in_a_range):
-    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
+    cut_lists(monkeypatch, in_a_range)
     mask, values = weights(*sizes, block_size, density)
     x = torch.randn(rows, sizes[1], generator=seeded(3))
     x = (x > 1).float() if inputs == "spikes" else x
@@ -95,7 +127,7 @@ def test_a_loop_over_all_steps_is_that_of_float64(
     monkeypatch, model, reset, surrogate, size, batch, block_size, held, state, dropped, per_neuron, to_membrane,
     threads, summed, delay, in_a_range,
 ):  # fmt: skip
-    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
+    cut_lists(monkeypatch, in_a_range)
     steps, names = 13, MODELS[model].parameters
     draw = seeded(size + batch)
     mask, values = weights(size, size, block_size, 0.2, scale=0.5)
@@ -341,7 +373,7 @@ def test_networks_by_events_are_those_of_float64(
     per_neuron, bias, membranes,
 ):  # fmt: skip
     monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
-    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
+    cut_lists(monkeypatch, in_a_range)
     of = model, reset, delay, onto, batch, inputs, dtype, state, dropped, per_neuron, bias
     x, unobserved, steps, before = network(*of)
     populations = tuple([each._replace(membranes=membranes) for each in unobserved])
@@ -385,7 +417,7 @@ def compare_gradients(threads, neurons, truncate, dtype, in_a_range, **of):
     x, populations, steps, before = network("cubalif", dtype=dtype, **of)
     with pytest.MonkeyPatch.context() as patch, pytorch_threads(threads):
         patch.setenv("G2G_CPU_NEURONS", neurons)
-        patch.setattr(plans, "MOST_OTHERS", in_a_range)
+        cut_lists(patch, in_a_range)
         found, mine = with_gradients(x, populations, steps, before, "cpu", truncate=truncate)
     tensors, form = opened((x, populations, before))
     exact = built(form, [exactly(each) for each in tensors])
@@ -446,7 +478,7 @@ def test_sparse_inputs_by_events_give_every_bit_that_dense_ones_give(
     per_neuron, bias, alone, truncate, chunk,
 ):  # fmt: skip
     monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
-    monkeypatch.setattr(plans, "MOST_OTHERS", in_a_range)
+    cut_lists(monkeypatch, in_a_range)
     of = model, reset, delay, onto, batch, inputs, dtype, state, dropped, per_neuron, bias
     x, (first, second), _, before = network(*of)
     if alone:  # only one connection receives the inputs

@@ -169,9 +169,9 @@ def in_lists(grid: tuple[int, int], packed: tuple[int, ...], use: str) -> bool:
 
 def lists_for(mask: MaskTensors, values: torch.Tensor, owners: str) -> Plan:
     """As :func:`plan_for`, the weights in lists by the neurons of the ``"rows"`` or ``"cols"``."""
-    sizes = {"rows": len(mask.row_order), "cols": len(mask.col_order)}
-    owned = sizes.pop(owners)
-    (others,) = sizes.values()
+    owned, others = len(mask.row_order), len(mask.col_order)
+    if owners == "cols":
+        owned, others = others, owned
     ranges = -(-others // MOST_OTHERS)
     cut = ranges == 1 or values.numel() >= LEAST_IN_LIST * owned * ranges
     return plan_for(mask, values, owners, MOST_OTHERS if cut else others)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from covering import every_pair
@@ -80,6 +81,17 @@ def test_truncated_gradients_are_those_of_parts_from_states_without_one(backend,
     assert all(rms(ours - theirs) <= 2e-5 * rms(theirs) for ours, theirs in zip(truncated, expected, strict=True))
     assert rms(whole - torch.autograd.grad(stack.simulate(x, truncate=4).counts.sum(), x)[0]) > 1e-2 * rms(whole)
     assert torch.equal(stack.simulate(x, truncate=T).counts, stack.simulate(x).counts)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("whole", [np.int64, torch.tensor])
+def test_steps_of_a_chunk_may_be_any_whole_number_under_a_profiler_too(backend, whole):
+    stack, x = stack_of(backend), inputs_of()
+    wanted = torch.autograd.grad(stack.simulate(x, chunk=4).counts.sum(), x)[0]
+    cut = torch.autograd.grad(stack.simulate(x, truncate=4).counts.sum(), x)[0]
+    with torch.profiler.profile():
+        assert torch.equal(torch.autograd.grad(stack.simulate(x, chunk=whole(4)).counts.sum(), x)[0], wanted)
+        assert torch.equal(torch.autograd.grad(stack.simulate(x, truncate=whole(4)).counts.sum(), x)[0], cut)
 
 
 def test_chunks_keep_no_states_of_single_steps():

@@ -110,9 +110,9 @@ def check_events(x: torch.Tensor) -> None:
         raise ValueError(f"x is sparse and has indices outside its shape {list(x.shape)}")
 
 
-def check_chunk(chunk: int, call: Call, name: str = "chunk") -> None:
-    """Raises ValueError unless a call can run so many steps at a time; ``name`` is the argument's."""
-    COUNT.check(name, chunk)
+def check_chunk(chunk: int, call: Call, name: str = "chunk") -> int:
+    """``chunk`` as an int. Raises ValueError unless a call can run so many steps at a time; ``name``: of the argument."""
+    chunk = COUNT.check(name, chunk)
     if call.spikes:
         raise ValueError(
             f"{name}={chunk} does not keep the spikes over time that spikes=True gives a gradient; give one of them"
@@ -127,6 +127,7 @@ def check_chunk(chunk: int, call: Call, name: str = "chunk") -> None:
                 f"a learned delay of {delay.least} reads; leave it out, fix the delays, or give a width up to the "
                 "least delay that can be learned (0, on a cycle 1)"
             )
+    return chunk
 
 
 def _check_ends(number: int, connection: Connection, sizes: Sequence[int | None]) -> None:

@@ -120,7 +120,7 @@ def _truncated(call: Call) -> Call:
     """A call whose ``truncate`` is possible, and None unless it is shorter than the run."""
     if (truncate := call.truncate) is None:
         return call
-    check_chunk(truncate, call, "truncate")
+    truncate = check_chunk(truncate, call, "truncate")
     return replaced(call, truncate=truncate if truncate < total_steps(call) else None)
 
 
@@ -141,7 +141,7 @@ def run(call: Call, chunk: int | None = None) -> Activity:
         else:
             chunk = None  # which would save nothing
     if chunk is not None:
-        check_chunk(chunk, call)
+        chunk = check_chunk(chunk, call)
         call = checked(call)
         if _runs_chunks(call):
             now = normalised(call)
@@ -201,7 +201,7 @@ def _run_sparse(call: Call, chunk: int | None) -> Activity:
             f"sparse inputs {list(x.shape)} are run {chunk or most} steps at a time, which keeps no gradient of spikes "
             "over time; give fewer steps, or inputs.to_dense()"
         )
-    check_chunk(chunk or most, call)
+    of_chunk = check_chunk(chunk or most, call)
     rows: Any = SparseSteps(x)
     if (truncate := call.truncate) is not None:
         if truncate > most:
@@ -211,7 +211,7 @@ def _run_sparse(call: Call, chunk: int | None) -> Activity:
             )
         own = most - most % truncate
         return in_chunks(partial(run, chunk=chunk), own, replaced(call, x=rows), truncated=True)
-    return in_chunks(run, chunk or most, replaced(call, x=rows))
+    return in_chunks(run, of_chunk, replaced(call, x=rows))
 
 
 #: which way runs calls of a signature, once one of them has been checked

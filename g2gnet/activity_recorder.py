@@ -11,7 +11,7 @@ from g2g_kernels import Activity
 from g2g_kernels.ops.g2g_stack import StackState
 from g2g_kernels.ops.g2g_stack.activity import as_one
 from g2g_kernels.ops.g2g_stack.delays import LateSpikes
-from g2gnet.called_layers import OwnHook
+from g2gnet.base.hooks import OwnHook
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikeTrain, SpikingNetwork
 

@@ -17,6 +17,7 @@ from g2g_kernels.ops.g2g_stack.population import components
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, PopulationFunctions, activity_of
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.tracing import is_traced, replaced
+from g2gnet.base.hooks import has_hooks
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
@@ -24,24 +25,6 @@ if TYPE_CHECKING:
     from g2gnet.spiking_network import SpikingNetwork
 
 logger = logging.getLogger("g2gnet")
-
-
-class OwnHook:
-    """A hook that needs no call of its module, and is dropped when that is copied or pickled: a stack that carries only
-    such hooks runs in one call."""
-
-    def __init__(self, function: Callable[..., None], *first: Any) -> None:
-        self._function, self._first = function, first
-
-    def __call__(self, *arguments: Any) -> None:
-        self._function(*self._first, *arguments)
-
-    def __reduce__(self) -> tuple:
-        return OwnHook, (_nothing,)
-
-
-def _nothing(*arguments: Any) -> None:
-    pass
 
 
 class NormedModule(NamedTuple):
@@ -194,12 +177,6 @@ def _step_silently(
     current, *onto = [each[0] if steps is None else each for each in (current, *own.values())]
     spikes, states = neurons_step(current, state, neurons.population.integrating(), *onto)
     return torch.zeros_like(spikes)[None], states
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module carries hooks that need a call of it."""
-    every = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(not isinstance(hook, OwnHook) for hooks in every for hook in hooks.values())
 
 
 def _check_steps_of(name: str, neurons: nn.Module) -> None:

@@ -11,7 +11,7 @@ from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import COUNT, WHOLE
 from g2g_kernels.ops.g2g_conv2d import pair_of
 from g2g_kernels.ops.g2g_conv2d.reference import Pair
-from g2gnet.layers import SparseLayer, checked_mask, parameter_of
+from g2gnet.layers import SparseLayer, checked_mask, parameter_of, refuse_own_code
 
 #: one number for both axes of an image, two, or one of PyTorch's names of a padding
 Size = int | Sequence[int]
@@ -106,17 +106,21 @@ class G2GConv2d(nn.Conv2d):
         """The layer that computes ``conv`` with its kernels times ``mask``, of its device and dtype; both are copied.
 
         ``mask`` is a :class:`BlockMask`, or bool [out_channels, in_channels / groups], read as single kernels. None:
-        the kernels that ``torch.nn.utils.prune`` left something of, or a layer without a mask if it pruned nothing.
-        ``backend`` is that of ``conv``, where it has one, if None. Raises ValueError if the shapes of mask and kernels
-        differ, and for a padding other than zeros; TypeError for a layer that is no ``nn.Conv2d``, and for a weight or
-        bias that hooks compute.
+        the mask of a :class:`G2GConv2d`, the kernels that ``torch.nn.utils.prune`` left something of, or a layer
+        without a mask if it pruned nothing. ``backend`` is that of ``conv``, where it has one, if None. Raises
+        ValueError if the shapes of mask and kernels differ, and for a padding other than zeros; TypeError for a layer
+        that is no ``nn.Conv2d``, one with hooks or a ``forward`` of its own, and for a weight or bias that hooks
+        compute.
         """
         if not isinstance(conv, nn.Conv2d):
             raise TypeError(f"conv is {type(conv).__name__}; give an nn.Conv2d")
         _refuse_padding(conv.padding_mode)
         weight, bias = (parameter_of(conv, name) for name in ("weight", "bias"))
+        refuse_own_code(conv, G2GConv2d if isinstance(conv, G2GConv2d) else nn.Conv2d)
         pruned: torch.Tensor | None = getattr(conv, "weight_mask", None)
-        if mask is None and pruned is not None:
+        if mask is None and isinstance(conv, MaskedConv2d):
+            mask = conv.mask
+        elif mask is None and pruned is not None:
             mask = pruned.flatten(2).any(2)
         if mask is not None and not isinstance(mask, BlockMask):
             mask = BlockMask.from_dense(mask)

@@ -10,6 +10,7 @@ from torch import nn
 from g2g_kernels.numbers import COUNT, WHOLE
 from g2g_kernels.ops.g2g_conv2d import pair_of
 from g2g_kernels.ops.g2g_stack.images import Convolution, Images, Norm, Pool, convolved_shape, pooled_shape
+from g2gnet.base.hooks import own_code
 from g2gnet.convolution import G2GConv2d
 from g2gnet.layers import G2GLinear
 
@@ -62,6 +63,8 @@ class Parts(NamedTuple):
 
 #: what takes the place of PyTorch's layers
 COUNTERPARTS = {nn.Conv2d: "G2GConv2d.from_conv2d(conv)", nn.Linear: "G2GLinear.from_linear(linear)"}
+#: modules that become options of a connection
+_SETTINGS: tuple[type[nn.Module], ...] = (nn.MaxPool2d, nn.AvgPool2d, nn.Flatten)
 #: the modules that a projection may have beside its weights
 PARTS = "pools (nn.MaxPool2d, nn.AvgPool2d, SumPool2d) and nn.Flatten, and nn.BatchNorm2d behind a convolution"
 
@@ -69,7 +72,7 @@ PARTS = "pools (nn.MaxPool2d, nn.AvgPool2d, SumPool2d) and nn.Flatten, and nn.Ba
 def parts_of(name: str, connection: nn.Module) -> Parts:
     """The parts of the connection ``name``: one module, or an ``nn.Sequential`` of several. Raises TypeError for others
     than those that networks take, ValueError for options that these do not have."""
-    modules = [*connection] if type(connection) is nn.Sequential else [connection]
+    modules = _inside(name, connection)
     before: list[Pool] = []
     after: list[Pool] = []
     layer: Any = None
@@ -101,6 +104,28 @@ def parts_of(name: str, connection: nn.Module) -> Parts:
     return Parts(Path(kind, tuple(before), tuple(after), flat or kind == "linear"), layer, norm)
 
 
+def _inside(name: str, connection: nn.Module) -> list[nn.Module]:
+    """The modules of a connection, one or those of an ``nn.Sequential``."""
+    if type(connection) is not nn.Sequential:
+        return [connection]
+    _refuse_own_code(name, connection, nn.Sequential)
+    for module in connection:
+        for kind in _SETTINGS:
+            if isinstance(module, kind):
+                _refuse_own_code(name, module, kind)
+    return [*connection]
+
+
+def _refuse_own_code(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises TypeError for a part of a connection of which a network takes over the options, and no more."""
+    if why := own_code(module, kind):
+        raise TypeError(
+            f"{name} has a {type(module).__name__} that {why}, and a network takes over the options of pools and "
+            "nn.Flatten, and calls none of them; put hooks on the layer beside it or on the neurons, and a pool of "
+            "your own alone into a Projection, which calls it"
+        )
+
+
 def _is_linear(module: nn.Module, alone: bool) -> bool:
     # modules of other people's stand for whole connections
     return isinstance(module, G2GLinear) or (alone and hasattr(module, "in_features"))
@@ -109,8 +134,6 @@ def _is_linear(module: nn.Module, alone: bool) -> bool:
 def _checked_norm(name: str, norm: nn.BatchNorm2d, layer: Any) -> nn.BatchNorm2d:
     if norm.num_features != layer.out_channels:
         raise ValueError(f"the norm of {name} has {norm.num_features} channels, not {layer.out_channels}")
-    if norm.momentum is None:
-        raise ValueError(f"the norm of {name} has momentum=None, an average of all steps; give it a momentum, as 0.1")
     return norm
 
 
@@ -180,9 +203,10 @@ def normed(
     run. Elsewhere it is None, and folded into weight and bias."""
     mean, variance = norm.running_mean, norm.running_var
     if norm.training or mean is None or variance is None:
-        assert norm.momentum is not None
-        running = (mean, variance) if norm.training else (None, None)
-        return weight, bias, Norm(norm.weight, norm.bias, *running, norm.momentum, norm.eps)
+        running, momentum = (mean, variance) if norm.training else (None, None), norm.momentum
+        if momentum is None:  # the mean of all batches
+            momentum = 0.0 if norm.num_batches_tracked is None else 1 / (int(norm.num_batches_tracked) + 1)
+        return weight, bias, Norm(norm.weight, norm.bias, *running, momentum, norm.eps)
     scale = torch.rsqrt(variance + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
     shift = (-mean if bias is None else bias - mean) * scale
@@ -215,8 +239,7 @@ def grouped(layers: Iterable[Any]) -> list[tuple[list[nn.Module], Sequence[Any]]
                 "nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d and nn.Flatten"
             )
         connection, *rest = layer
-        inside = [*connection] if type(connection) is nn.Sequential else [connection]
-        found.append(([*waiting, *inside], rest))
+        found.append(([*waiting, *_inside(f"layer {number}", connection)], rest))
         waiting = []
     if waiting:
         raise TypeError(

@@ -6,12 +6,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import FLOAT32
 from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import default_device, is_traced
+from g2gnet.base.hooks import own_code
 from g2gnet.weights.packed_weights import PackedWeights
 
 #: why the dense weight cannot be written to, and what to do instead
@@ -53,9 +55,13 @@ def parameter_of(layer: nn.Module, name: str) -> Any:
     """The ``name`` ("weight" or "bias") that the next forward pass of a dense layer will use, or None if it has none: a
     parameter, one times the mask that ``torch.nn.utils.prune`` put on it, or what parametrizations make of it.
 
-    Raises TypeError for one that hooks compute, as those of ``torch.nn.utils.weight_norm`` and ``spectral_norm`` do:
-    the layer's attribute is of the last forward pass, or of none.
+    Raises ValueError for one of a lazy layer, which has no size yet; TypeError for one that hooks compute, as those of
+    ``torch.nn.utils.weight_norm`` and ``spectral_norm`` do: the layer's attribute is of the last forward pass, or of
+    none.
     """
+    parameter = layer._parameters.get(name)
+    if parameter is not None and is_lazy(parameter):
+        raise ValueError(f"{name} of the {type(layer).__name__} has no size yet; call its model once before")
     with torch.enable_grad():  # so that what is computed here requires gradients as its parameters do
         pruned: torch.Tensor | None = getattr(layer, f"{name}_mask", None)
         if pruned is not None:
@@ -67,6 +73,15 @@ def parameter_of(layer: nn.Module, name: str) -> Any:
                 "them first: torch.nn.utils.remove_weight_norm, remove_spectral_norm"
             )
         return getattr(layer, name)
+
+
+def refuse_own_code(layer: nn.Module, kind: type[nn.Module]) -> None:
+    """Raises TypeError for a dense layer that does more than its ``kind`` says, which a layer made of it would not."""
+    if why := own_code(layer, kind):
+        raise TypeError(
+            f"the {type(layer).__name__} {why}, which a layer made of it would not have; give an nn.{kind.__name__} "
+            "without it, and register hooks on what is made of it"
+        )
 
 
 class StepObserver(Protocol):
@@ -204,9 +219,13 @@ class G2GLinear(SparseLayer):
 
         ``mask`` is a :class:`BlockMask`, or bool [out, in], read as units of single weights. None: the mask that
         ``torch.nn.utils.prune`` put on the layer, or every weight if it put none. Raises ValueError if the shapes of
-        mask and weight differ; TypeError for a weight or bias that hooks compute.
+        mask and weight differ; TypeError for what is no ``nn.Linear``, one with hooks or a ``forward`` of its own, and
+        for a weight or bias that hooks compute.
         """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear is {type(linear).__name__}; give an nn.Linear, as G2GLinear.to_linear makes one")
         weight, bias = (parameter_of(linear, name) for name in ("weight", "bias"))
+        refuse_own_code(linear, nn.Linear)
         pruned: torch.Tensor | None = getattr(linear, "weight_mask", None)
         if mask is None and pruned is not None:
             mask = pruned.bool()

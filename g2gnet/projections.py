@@ -340,6 +340,8 @@ class PopulationGraph(WholeBuffers):
                     f"the input is {list(inputs.shape)}; give images [B, C, H, W] or [T, B, C, H, W], or the network "
                     "input_shape=(C, H, W)"
                 )
+            if tuple(inputs.shape) == self._shapes["input"] and inputs.shape[-1] != inputs.shape.numel():
+                raise ValueError(f"the input is one image, {list(inputs.shape)}; give [B, C, H, W] or [T, B, C, H, W]")
             return inputs
         shape = tuple(inputs.shape[-3:])
         if self._shapes is None:
@@ -358,6 +360,15 @@ class PopulationGraph(WholeBuffers):
         elif len(self._shapes["input"]) == 1 and not any(each.takes_images for each in self._paths.values()):
             return inputs  # which operators refuse
         return _flat_events(inputs, shape) if inputs.layout == torch.sparse_coo else inputs.flatten(-3)
+
+    def extra_repr(self) -> str:
+        """What the connections do beside their modules."""
+        lines = []
+        for name, path in self._paths.items():
+            if path.kind != "pool" and (path.before or path.after):
+                before, after = ([f"{each.kind} pool {each.kernel}" for each in of] for of in (path.before, path.after))
+                lines.append(f"({name}): " + ", ".join([*before, path.kind, *after]))
+        return "\n".join(lines)
 
     def check_linear(self, where: str) -> None:
         """Raises ValueError, naming it, for a connection of images, which ``where`` has no form for."""

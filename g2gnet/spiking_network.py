@@ -30,7 +30,8 @@ from g2g_kernels.ops.g2g_stack.delays import reaches_of
 from g2g_kernels.ops.g2g_stack.images import Images, through
 from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import is_transformed, replaced
-from g2gnet.called_layers import CalledModules, NormedModule, OwnHook, has_hooks, step_of_called
+from g2gnet.base.hooks import OwnHook, has_hooks
+from g2gnet.called_layers import CalledModules, NormedModule, step_of_called
 from g2gnet.convolution import G2GConv2d
 from g2gnet.images import images_of, normed
 from g2gnet.layers import G2GLinear
@@ -403,6 +404,14 @@ class SpikingNetwork(PopulationGraph):
                 return f"{name} ({type(module).__name__}) has a forward of its own{remedy}"
         return None
 
+    def check_uncalled(self, where: str) -> None:
+        """Raises ValueError for what only calls of modules would run, which ``where`` has no form for."""
+        if why := self.why_called():
+            raise ValueError(
+                f"{where} has no form for what calls of modules run ({why}); remove it, pruning by "
+                "torch.nn.utils.prune.remove(layer, 'values')"
+            )
+
     def _connections(self, number: int, called: bool, scale: float = 1.0) -> tuple[Connection, ...]:
         """The connections to a population: modules that are ``called``, or weights, those of other populations times
         ``scale``."""
@@ -473,7 +482,7 @@ class SpikingNetwork(PopulationGraph):
         """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
         if not isinstance(inputs, torch.Tensor):
             check_input(inputs)
-        if inputs.dim() > 3 or self._shapes is None:
+        if inputs.dim() > 2 or self._shapes is None:
             inputs = self._flat(inputs)
         if inputs.dim() != 3:
             return inputs

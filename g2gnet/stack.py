@@ -75,6 +75,7 @@ def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeu
     if not isinstance(net, SpikingNetwork):
         raise ValueError(f"{where} takes a SpikingStack, a G2GNet or a SpikingNetwork, not a {type(net).__name__}")
     net.check_linear(where)
+    net.check_uncalled(where)
     for each in _other_projections(net):
         raise ValueError(
             f"{where} has no form for {each.name}, with delays up to {each.most} steps from population "

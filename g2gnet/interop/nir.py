@@ -161,6 +161,7 @@ def _check_written(net: SpikingNetwork) -> None:
             raise ValueError(f"{name} is a {kind}; only G2GLinear, G2GConv2d, pools and the neurons of g2gnet convert")
         if "/" in name:
             raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
+    net.check_uncalled("to_nir")
     for number, name in enumerate(net.populations[:-1]):
         if not any(projection.source == number != projection.target for projection in net.projections()):
             raise ValueError(f"{name} sends to no other population, and NIR takes it for an output; leave it out")

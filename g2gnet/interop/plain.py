@@ -127,11 +127,7 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
             raise ValueError(f"{name} has {other[0]}, which is not written; leave it out")
     if onto := [each.name for each in net.projections() if each.onto]:
         raise ValueError(f"{onto[0]} adds to the membrane, which is not written; make it with onto='current'")
-    if why := net.why_called():
-        raise ValueError(
-            f"{why}: what they change cannot be written; remove them, those of pruning by "
-            "torch.nn.utils.prune.remove(layer, 'values')"
-        )
+    net.check_uncalled("C (or quantize)")
     fixed, inputs, taps, scale, offset, order = None, net.sizes[-1], 1, 1.0, 0.0, None
     if isinstance(net, G2GNet):
         if net.enc != "current":

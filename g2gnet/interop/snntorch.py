@@ -21,6 +21,7 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
+from g2gnet.base.hooks import own_code
 from g2gnet.base.optional import optional_package
 from g2gnet.convolution import G2GConv2d
 from g2gnet.interop.arrays import FINITE, Mask, numbers
@@ -40,6 +41,8 @@ _OTHER_RESET = (
     "snn.RLeaky with reset to zero holds the membrane at zero for a step or, with reset_delay=False, passes gradients "
     "through the reset, our LIF does neither; train with reset by subtraction, or convert by NIR"
 )
+#: what may stand between layers and neurons
+_BETWEEN = nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Flatten
 _KINDS = " or ".join(", ".join(f"snn.{kind}" for kind in _MODELS).rsplit(", ", 1))
 
 
@@ -56,7 +59,7 @@ def from_snntorch(
     The layers are taken in the order in which the model registered them (the order of ``model.named_modules()``);
     ``nn.Identity`` is skipped. Anything added by the model's own ``forward`` is ignored, even ``F.max_pool2d``: make
     it a module. A norm that the model trains takes the statistics of each step, the stack's those of all steps;
-    in evaluation they are the same.
+    in evaluation they are the same. Each module keeps its mode, a norm that is not trained too.
 
     Args:
         model: alternates ``nn.Linear`` or ``nn.Conv2d`` and ``snn.Leaky``, ``snn.Synaptic``, or behind ``nn.Linear``
@@ -69,8 +72,9 @@ def from_snntorch(
         readout: of the stack: ``"counts"``, or a readout of the membranes of the last neurons, which need
             ``reset_mechanism="none"``. None: counts, refused for neurons without a reset.
 
-    Raises ValueError for layers or options of neurons that the stack does not support, or a readout that does not fit
-    the neurons; ImportError without snnTorch.
+    Raises ValueError for layers or options of neurons that the stack does not support, a module or a parameter in two
+    places, or a readout that does not fit the neurons; TypeError for hooks, and for a ``forward`` of a layer's own;
+    ImportError without snnTorch.
 
     Example:
         >>> import snntorch
@@ -85,9 +89,7 @@ def from_snntorch(
     parts: list[Any] = []  # of the next connection, a layer by its name
     connections: list[list[Any]] = []
     kinds = tuple(getattr(snn, kind) for kind in _MODELS)
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in neurons):
-            continue  # part of recurrent neurons
+    for name, module in _modules_of(model, (nn.Linear, nn.Conv2d, *kinds)).items():
         if isinstance(module, (nn.Linear, nn.Conv2d, *kinds)):
             linear_next = len(linears) == len(neurons)
             if isinstance(module, nn.Linear | nn.Conv2d) != linear_next:
@@ -99,7 +101,7 @@ def from_snntorch(
             else:
                 connections.append(parts)
                 parts = []
-        elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d | nn.BatchNorm2d | nn.Flatten):
+        elif isinstance(module, _BETWEEN):
             parts.append(copy.deepcopy(module))
         elif not list(module.children()) and not isinstance(module, nn.Identity):
             raise ValueError(
@@ -129,7 +131,9 @@ def from_snntorch(
             mask = masks.get(f"{neurons_name}.recurrent")
             layers[-1].append(_recurrent_from(neurons_name, theirs, connection, mask))
     readout = _readout_of(neurons_name, theirs, readout)  # of the last neurons
-    return SpikingStack(layers, T, backend, readout=readout).train(model.training)
+    stack = SpikingStack(layers, T, backend, readout=readout)
+    stack.training = model.training  # its modules have the modes of theirs
+    return stack
 
 
 def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
@@ -185,6 +189,43 @@ def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
     return nn.Sequential(modules).train(stack.training)
 
 
+def _modules_of(model: nn.Module, layers: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
+    """The modules by name, without those inside of ``layers``, of which a stack takes over parameters and options.
+    Raises unless these are all that there is, each in one place."""
+    found: dict[str, nn.Module] = {}
+    names: dict[nn.Module | nn.Parameter, str] = {}
+    inside = ""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Identity) or (inside and name.startswith(inside)):
+            continue
+        if names.setdefault(module, name) != name:
+            raise ValueError(
+                f"{names[module]} and {name} are one {type(module).__name__}, which would be two in a stack; give each "
+                "place a module of its own"
+            )
+        kind = next((kind for kind in (*layers, *_BETWEEN) if isinstance(module, kind)), type(module))
+        if kind.__module__.startswith("snntorch") and type(module) is not kind:
+            own = f"{name} is a {type(module).__name__}, whose methods a stack would not have"
+            raise TypeError(f"{own}; give snn.{kind.__name__}")
+        if kind not in (nn.Linear, nn.Conv2d):  # after their weights are known
+            _refuse_own_code(name or "the model", module, kind)
+        found[name] = module
+        if issubclass(kind, layers):
+            inside = f"{name}."
+    for name, module in found.items():
+        for parameter in module.parameters(recurse=isinstance(module, layers)):
+            if names.setdefault(parameter, name) != name:
+                raise ValueError(
+                    f"{names[parameter]} and {name} share a parameter, which would be two in a stack; give each a copy"
+                )
+    return found
+
+
+def _refuse_own_code(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    if why := own_code(module, kind):
+        raise TypeError(f"{name} ({type(module).__name__}) {why}, which a stack made of it would not have")
+
+
 def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     """The readout of a stack that ends with these neurons, whose membranes can be read if nothing resets them."""
     integrates = theirs.reset_mechanism == "none"
@@ -221,6 +262,7 @@ def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | 
 
 def _connection_from(name: str, linear: Any, mask: Mask | None, backend: str | None) -> Any:
     weight, bias = (parameter_of(linear, each) for each in ("weight", "bias"))
+    _refuse_own_code(name, linear, next(kind for kind in (G2GConv2d, nn.Conv2d, nn.Linear) if isinstance(linear, kind)))
     if isinstance(linear, nn.Conv2d):
         check_tensor("weight", weight, of=f" of {name}")
         numbers(f"{name}: weight", weight.flatten(1))
@@ -262,7 +304,7 @@ def _neurons_from(name: str, theirs: Any, connection: Any, backend: str | None) 
         mine = neurons.by_name[parameter]
         mine.data = value.detach().to(next(connection.parameters()).device, dtype, copy=True).reshape(shape)
         mine.requires_grad_(value.requires_grad)
-    return neurons
+    return neurons.train(theirs.training)
 
 
 def _linear_from_connection(connection: G2GLinear) -> nn.Linear:

@@ -184,8 +184,17 @@ def test_what_a_convolution_cannot_have_is_refused():
     class Own(G2GConv2d):
         pass
 
+    class Halved(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    hooked = nn.Conv2d(12, 12, 3)
+    hooked.register_forward_hook(lambda *arguments: None)
     for call, message in (
         (lambda: G2GConv2d.from_conv2d(nn.ConvTranspose2d(12, 12, 3)), "conv is ConvTranspose2d; give an nn.Conv2d"),
+        (lambda: G2GConv2d.from_conv2d(Halved(12, 12, 3)), "the Halved has a forward of its own, which a"),
+        (lambda: G2GConv2d.from_conv2d(hooked), "the Conv2d carries hooks, which a layer made of it would"),
+        (lambda: G2GLinear.from_linear(layer), "linear is MaskedConv2d; give an nn.Linear"),
         (lambda: G2GConv2d(12, 20, 3, mask=torch.ones(20, 12)), "mask is Tensor; give a BlockMask"),
         (lambda: Own(12, 20, 3, mask=mask_of()), "Own has no masks; derive it from g2gnet.convolution.MaskedConv2d"),
     ):
@@ -203,6 +212,10 @@ def test_conversions_keep_backend_memory_and_the_global_generator():
     assert torch.equal(torch.rand(1), drawn)
     assert layer(SPIKES).is_contiguous(memory_format=torch.channels_last)
     assert G2GConv2d.from_conv2d(layer, mask_of()).backend == "torch"
+    masked = layer_of()
+    again = G2GConv2d.from_conv2d(masked)
+    assert torch.equal(again.weight, masked.weight)
+    assert again.mask.num_units == masked.mask.num_units
     one, other = (layer_of(mask=None, generator=seeded(7)) for _ in range(2))
     assert torch.equal(one.weight, other.weight)
     model = nn.Sequential(nn.Conv2d(12, 12, 1), layer_of())

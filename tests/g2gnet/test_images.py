@@ -478,8 +478,10 @@ def test_synaptic_operations_are_those_of_pooled_spikes_and_existing_kernels():
     assert [tuple(each) for each in activity.synaptic_operations()] == wanted
 
 
-def test_a_norm_has_the_statistics_of_all_steps_and_is_folded_in_evaluation():
-    convolution, norm = exact(G2GConv2d(2, 4, 3), seeded(1)), nn.BatchNorm2d(4, momentum=0.3)
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_a_norm_has_the_statistics_of_all_steps_and_is_folded_in_evaluation(momentum):
+    convolution, norm = exact(G2GConv2d(2, 4, 3), seeded(1)), nn.BatchNorm2d(4, momentum=momentum)
+    norm(torch.rand(3, 4, 5, 5, generator=seeded(3)))  # the first of its batches
     nn.init.uniform_(norm.weight)
     nn.init.uniform_(norm.bias)
     neurons = LIF(beta=0.5, threshold=0.3)
@@ -499,7 +501,7 @@ def test_a_norm_has_the_statistics_of_all_steps_and_is_folded_in_evaluation():
         near_to = torch.autograd.grad(wanted.sum(), [reference[0].weight, reference[1].weight, reference[1].bias])
         torch.testing.assert_close(found, near_to, rtol=0.02, atol=0.02)
         torch.testing.assert_close(net.conv1_norm.state_dict(), reference[1].state_dict())
-    assert net.conv1_norm.num_batches_tracked == 1
+    assert net.conv1_norm.num_batches_tracked == 2
     net.train()
     with pytest.raises(ValueError, match="chunk=2 has no statistics of all steps"):
         net.simulate(X, chunk=2)
@@ -557,6 +559,18 @@ def test_erk_is_of_the_channels_that_a_convolution_joins():
     assert found[0][0] > found[0][1]
 
 
+class Least(nn.MaxPool2d):
+    """The least of each window."""
+
+    def forward(self, x):
+        return -super().forward(-x)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *arguments: None)
+    return module
+
+
 REFUSED = [
     (lambda: stack((nn.Conv2d(1, 8, 3), LIF())), TypeError, "layer 1 is a Conv2d; give G2GConv2d.from_conv2d"),
     (lambda: stack((nn.Sequential(nn.Dropout(), G2GConv2d(1, 8, 3)), LIF())), TypeError, "layer 1 is a Dropout; a net"),
@@ -567,10 +581,14 @@ REFUSED = [
         "the norm of layer 1 has 4 channels, not 8",
     ),
     (
-        lambda: stack((nn.Sequential(G2GConv2d(1, 8, 3), nn.BatchNorm2d(8, momentum=None)), LIF())),
-        ValueError,
-        "momentum=None, an average of all steps; give it a momentum",
+        lambda: stack((hooked(nn.Sequential(G2GConv2d(1, 8, 3), nn.MaxPool2d(2))), LIF())),
+        TypeError,
+        "layer 1 has a Sequential that carries hooks, and a network takes over the options",
     ),
+    (lambda: stack(hooked(nn.Flatten()), (linear(128, 4, seeded(0)), LIF())), TypeError, "has a Flatten that carries hooks"),
+    (lambda: stack((nn.Sequential(G2GConv2d(2, 8, 3), Least(2)), LIF())), TypeError, "layer 1 has a Least that has a forward of its own"),
+    (lambda: stack(Least(2), (G2GConv2d(8, 8, 3), LIF())), TypeError, "has a Least that has a forward of its own"),
+    (lambda: stack(input_shape=(2, 8, 8))(X[0, 0]), ValueError, "the input is one image, .2, 8, 8.; give .B, C, H, W."),
     (lambda: stack((nn.Sequential(nn.Flatten(), G2GConv2d(1, 8, 3)), LIF())), TypeError, "behind nn.Flatten"),
     (lambda: stack((G2GConv2d(1, 8, 3), LIF()), nn.Flatten()), TypeError, "behind the last neurons there is a Flatten"),
     (lambda: stack((nn.AvgPool2d(2, divisor_override=3), LIF())), ValueError, "divisor_override=3; give None, 1"),

@@ -402,7 +402,7 @@ small = functools.partial(G2GNet, 6, [8], 3, block_size=2, T=2)
     ("make", "options", "message"),
     [
         (lambda: small(enc="rate"), {}, "enc='rate' draws spikes at random; train the network with enc='current'"),
-        (hooked, {}, "fc1 carries hooks: what they change cannot be written; remove them, those of"),
+        (hooked, {}, "what calls of modules run .fc1 carries hooks.; remove it, pruning by"),
         (silenced, {}, "lif1 has a number that is not finite"),
         (lambda: small(enc_bias=0.1, delay=2), {}, "fc1 delays an input that is standardised"),
         (lambda: torch.nn.Linear(2, 2), {}, "the network is a Linear; give a SpikingNetwork"),

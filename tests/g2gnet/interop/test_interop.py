@@ -145,11 +145,15 @@ def test_what_the_other_library_lacks_is_refused():
     passing_by = SpikingNetwork({"s": Synaptic(reset="zero"), "out": LIF(reset="zero")}, joins, "out")
     mixed.lif2.beta.data[3:5] = 1.2
     refractory = SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 4)), LIF(reset="zero", refractory=3))])
+    watched = small_net(reset="zero")
+    hooked(watched.lif1)
     for convert, message in (
         (lambda: to_snntorch(small_net(neuron="adlif")), "lif1: snnTorch has no 'adlif' neurons; only lif, synaptic"),
         (lambda: to_snntorch(small_net(recurrent=True, reset="zero")), "lif1: snn.RLeaky with reset to zero holds"),
         (lambda: to_nir(small_net(neuron="adlif")), "lif1: NIR has no 'adlif' neurons; only lif, synaptic convert"),
         (lambda: to_nir(refractory), "lif1: NIR has no 'refractory_lif' neurons"),
+        (lambda: to_nir(watched), "to_nir has no form for what calls of modules run .lif1 carries hooks.; remove it"),
+        (lambda: to_snntorch(watched), "to_snntorch has no form for what calls of modules run .lif1 carries hooks"),
         (lambda: to_snntorch(refractory), "lif1: snnTorch has no 'refractory_lif' neurons"),
         (lambda: plain(refractory), "lif1: 'refractory_lif' neurons are not written"),
         (lambda: to_nir(small_net(neuron="cubalif")), "lif1: NIR has no 'cubalif' neurons .its CubaLIF stands"),
@@ -200,7 +204,12 @@ WRONG_MODELS = [
     (lambda: nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),
     (lambda: nn.Sequential(nn.Linear(3, 3), type("SynapticDelay", (nn.Module,), {})(), LEAKY),  # no release has it
      "1 is a SynapticDelay; from_snntorch takes networks"),
-    (lambda: nn.Sequential(nn.Linear(3, 4), LEAKY, nn.Linear(3, 3), LEAKY), "the model has 2 nn.Linear and 1 snn.L"),
+    (lambda: nn.Sequential(nn.Linear(3, 4), LEAKY, nn.Linear(3, 3)), "the model has 2 nn.Linear and 1 snn.L"),
+    (lambda: nn.Sequential(nn.Linear(3, 4), LEAKY, nn.Linear(4, 3), LEAKY), "1 and 3 are one Leaky, which would"),
+    (lambda: nn.Sequential(*[nn.Sequential(nn.Linear(3, 3), LEAKY)] * 2), "0 and 1 are one Sequential, which would be"),
+    (lambda: with_one_pool(), "2 and 5 are one MaxPool2d, which would be two in a stack; give each place a module"),
+    (lambda: with_one_weight(), "0 and 2 share a parameter, which would be two in a stack; give each a copy"),
+    (lambda: nn.Sequential(nn.LazyLinear(3), LEAKY), "weight of the LazyLinear has no size yet; call its model once"),
     (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_mechanism="zero", reset_delay=False)),
      "1: our Synaptic has no reset_delay=False; only"),
     (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_delay=False)),
@@ -218,11 +227,63 @@ WRONG_MODELS = [
 ]  # fmt: skip
 
 
+def with_one_pool():
+    first, second = (nn.Conv2d(2, 2, 3, padding=1) for _ in range(2))
+    pool = nn.MaxPool2d(3, 1, 1)
+    return nn.Sequential(first, snntorch.Leaky(0.9), pool, second, snntorch.Leaky(0.9), pool)
+
+
+def with_one_weight():
+    model = nn.Sequential(nn.Linear(3, 3), snntorch.Leaky(0.9), nn.Linear(3, 3), snntorch.Leaky(0.9))
+    model[2].weight = model[0].weight
+    return model
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # snnTorch's own, of inhibition
 @pytest.mark.parametrize(("make", "message"), WRONG_MODELS)
 def test_models_that_no_network_of_ours_is_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         from_snntorch(make(), T=STEPS)
+
+
+class Halved(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight / 2, bias)
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *arguments: None)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(hooked(nn.Linear(3, 3)), LEAKY), r"0 \(Linear\) carries hooks, which a stack"),
+        (lambda: hooked(nn.Sequential(nn.Linear(3, 3), LEAKY)), r"the model \(Sequential\) carries hooks"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), hooked(snntorch.Leaky(0.9))), r"1 \(Leaky\) carries hooks"),
+        (lambda: nn.Sequential(hooked(nn.AvgPool2d(2)), nn.Linear(3, 3), LEAKY), r"0 \(AvgPool2d\) carries hooks"),
+        (lambda: nn.Sequential(Halved(2, 2, 3), LEAKY), r"0 \(Halved\) has a forward of its own"),
+        (lambda: nn.Sequential(nn.Linear(3, 3), type("Own", (snntorch.Leaky,), {})(0.9)), "1 is a Own, whose methods"),
+    ],
+)
+def test_what_a_stack_would_leave_out_of_a_model_is_named(make, message):
+    with pytest.raises(TypeError, match=message):
+        from_snntorch(make(), T=STEPS)
+
+
+def test_each_module_keeps_its_mode_and_parametrized_weights_their_value():
+    model = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3)), nn.BatchNorm2d(4), snntorch.Leaky(0.9), nn.Flatten(),
+        nn.Linear(16, 3), snntorch.Leaky(0.9),
+    )  # fmt: skip
+    model[1].eval()
+    model[5].eval()
+    model[0].parametrizations.weight.original0.data *= 3
+    stack = from_snntorch(model, T=STEPS)
+    assert torch.equal(stack.conv1.weight, model[0].weight)
+    trains = [each.training for each in (stack, stack.conv1, stack.conv1_norm, stack.lif1, stack.fc2, stack.lif2)]
+    assert trains == [True, True, False, True, True, False]
 
 
 # --- NIR ----------------------------------------------------------------------------------------------------------

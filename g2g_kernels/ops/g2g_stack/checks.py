@@ -111,7 +111,7 @@ def check_events(x: torch.Tensor) -> None:
 
 
 def check_chunk(chunk: int, call: Call, name: str = "chunk") -> int:
-    """``chunk`` as an int. Raises ValueError unless a call can run so many steps at a time; ``name``: of the argument."""
+    """``chunk`` as an int. Raises ValueError, naming the argument, unless a call can run so many steps at a time."""
     chunk = COUNT.check(name, chunk)
     if call.spikes:
         raise ValueError(

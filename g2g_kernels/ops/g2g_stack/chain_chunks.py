@@ -78,7 +78,7 @@ def backward_in_chunks(forward: Forward, backward: Callable[[Backward], Gradient
         wanted = needed[0], *[True] * (len(opened(part)[0]) - 1)
         return backward(Backward(part, (*words, *of_part), (grad_counts, *of_rates, *of_states), wanted))
 
-    of_x: list[Any] = []
+    of_x: torch.Tensor | None = None
     sums: Gradients = []
     of_states = grads[count : 2 * count]
     for number, first in reversed([*enumerate(starts)]):
@@ -86,10 +86,14 @@ def backward_in_chunks(forward: Forward, backward: Callable[[Backward], Gradient
         tensors, before = opened(part)[0], {id(population.state) for population in part.populations}
         found = gradients_of(part, of_states)  # which frees what the part has kept
         of_states = [grad for tensor, grad in zip(tensors, found, strict=True) if id(tensor) in before]
-        x, *others = [grad for tensor, grad in zip(tensors, found, strict=True) if id(tensor) not in before]
-        of_x.append(x)
+        others = [grad for tensor, grad in zip(tensors, found, strict=True) if id(tensor) not in before]
+        if not call.held:  # the part's own steps, at their place
+            of_part, others[0] = others[0], None
+            if of_part is not None:
+                of_x = of_part.new_empty(call.x.shape) if of_x is None else of_x
+                of_x[first : first + len(of_part)] = of_part
         sums = _added(sums, others) if sums else others
-    of_all = [None if not needed[0] else sum(of_x) if call.held else torch.cat(of_x[::-1]), *sums]
+    of_all = sums if call.held else [of_x, *sums[1:]]
     left, states = iter(of_all), iter(of_states)
     found = [next(states if id(tensor) in before else left) for tensor in tensors]
     return [grad if need else None for grad, need in zip(found, needed, strict=True)]

@@ -106,8 +106,8 @@ class G2GConv2d(nn.Conv2d):
         """The layer that computes ``conv`` with its kernels times ``mask``, of its device and dtype; both are copied.
 
         ``mask`` is a :class:`BlockMask`, or bool [out_channels, in_channels / groups], read as single kernels. None:
-        the mask of a :class:`G2GConv2d`, the kernels that ``torch.nn.utils.prune`` left something of, or a layer
-        without a mask if it pruned nothing. ``backend`` is that of ``conv``, where it has one, if None. Raises
+        the mask of a :class:`G2GConv2d`, the kernels that ``torch.nn.utils.prune`` left, or a layer without a
+        mask if it pruned nothing. ``backend`` is that of ``conv``, where it has one, if None. Raises
         ValueError if the shapes of mask and kernels differ, and for a padding other than zeros; TypeError for a layer
         that is no ``nn.Conv2d``, one with hooks or a ``forward`` of its own, and for a weight or bias that hooks
         compute.
@@ -122,6 +122,11 @@ class G2GConv2d(nn.Conv2d):
             mask = conv.mask
         elif mask is None and pruned is not None:
             mask = pruned.flatten(2).any(2)
+            if not torch.equal(pruned.bool(), mask[:, :, None, None].expand_as(pruned)):
+                raise ValueError(
+                    f"the {type(conv).__name__} is pruned within kernels, and a mask has whole ones: zeros in them "
+                    "would train. Give mask=conv.weight_mask.flatten(2).any(2), or prune whole kernels"
+                )
         if mask is not None and not isinstance(mask, BlockMask):
             mask = BlockMask.from_dense(mask)
         layer = cls(

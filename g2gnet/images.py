@@ -39,7 +39,7 @@ class Path(NamedTuple):
     Attributes:
         kind: ``"linear"``, ``"convolution"`` or ``"pool"``.
         before, after: the pools before and behind the weights.
-        flat: whether what it gives is a list of neurons.
+        flat: whether an ``nn.Flatten`` is a part of it.
     """
 
     kind: str
@@ -86,7 +86,11 @@ def parts_of(name: str, connection: nn.Module) -> Parts:
             layer = module
         elif isinstance(module, nn.MaxPool2d | nn.AvgPool2d) and (layer is None or isinstance(layer, G2GConv2d)):
             (before if layer is None else after).append(pool_of(name, module))
-        elif isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+        elif isinstance(module, nn.Flatten):
+            if module.start_dim not in (1, -3) or module.end_dim not in (3, -1):
+                raise ValueError(
+                    f"{name} has {module}, and images become neurons by nn.Flatten(1, -1) alone; give that"
+                )
             flat = True
         elif type(module) is nn.BatchNorm2d and isinstance(layer, G2GConv2d) and not after and norm is None:
             norm = _checked_norm(name, module, layer)
@@ -101,7 +105,7 @@ def parts_of(name: str, connection: nn.Module) -> Parts:
     if layer is None:
         return Parts(Path("pool", tuple(before), flat=flat), connection)
     kind = "convolution" if isinstance(layer, G2GConv2d) else "linear"
-    return Parts(Path(kind, tuple(before), tuple(after), flat or kind == "linear"), layer, norm)
+    return Parts(Path(kind, tuple(before), tuple(after), flat), layer, norm)
 
 
 def _inside(name: str, connection: nn.Module) -> list[nn.Module]:

@@ -55,7 +55,8 @@ def parameter_of(layer: nn.Module, name: str) -> Any:
     """The ``name`` ("weight" or "bias") that the next forward pass of a dense layer will use, or None if it has none: a
     parameter, one times the mask that ``torch.nn.utils.prune`` put on it, or what parametrizations make of it.
 
-    Raises ValueError for one of a lazy layer, which has no size yet; TypeError for one that hooks compute, as those of
+    Raises ValueError for one of a lazy layer, which has no size yet, and for a pruned bias, since ours have no mask;
+    TypeError for one that hooks compute, as those of
     ``torch.nn.utils.weight_norm`` and ``spectral_norm`` do: the layer's attribute is of the last forward pass, or of
     none.
     """
@@ -64,6 +65,11 @@ def parameter_of(layer: nn.Module, name: str) -> Any:
         raise ValueError(f"{name} of the {type(layer).__name__} has no size yet; call its model once before")
     with torch.enable_grad():  # so that what is computed here requires gradients as its parameters do
         pruned: torch.Tensor | None = getattr(layer, f"{name}_mask", None)
+        if pruned is not None and name == "bias" and not pruned.all():
+            raise ValueError(
+                f"the bias of the {type(layer).__name__} is pruned, and would train: a bias has no mask here. "
+                "torch.nn.utils.prune.remove(layer, 'bias') makes it one that trains"
+            )
         if pruned is not None:
             return layer.get_parameter(f"{name}_orig") * pruned
         if name in vars(layer):

@@ -263,6 +263,10 @@ class PopulationGraph(WholeBuffers):
             for name in names:
                 self._add(name, parts[name].module)
                 if (norm := parts[name].norm) is not None:
+                    if norm.momentum is None and norm in self._modules.values():
+                        raise ValueError(
+                            f"{name} shares its norm, whose momentum=None counts one batch a run; give 0.1"
+                        )
                     self._add(f"{name}_norm", norm)
                 model: Any = getattr(populations[target], "model", None)
                 other = named[name].onto != "current" and model is not None and model.takes is not None
@@ -357,7 +361,7 @@ class PopulationGraph(WholeBuffers):
                 f"the input has images {list(shape)}, and this network was made for {list(self._shapes['input'])}; "
                 "make one for these, or resize them"
             )
-        elif len(self._shapes["input"]) == 1 and not any(each.takes_images for each in self._paths.values()):
+        elif len(self._shapes["input"]) == 1 and not any(of.takes_images or of.flat for of in self._paths.values()):
             return inputs  # which operators refuse
         return _flat_events(inputs, shape) if inputs.layout == torch.sparse_coo else inputs.flatten(-3)
 

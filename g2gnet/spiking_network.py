@@ -409,7 +409,7 @@ class SpikingNetwork(PopulationGraph):
         if why := self.why_called():
             raise ValueError(
                 f"{where} has no form for what calls of modules run ({why}); remove it, pruning by "
-                "torch.nn.utils.prune.remove(layer, 'values')"
+                "torch.nn.utils.prune.remove(layer, 'values'), of a dense convolution 'weight'"
             )
 
     def _connections(self, number: int, called: bool, scale: float = 1.0) -> tuple[Connection, ...]:

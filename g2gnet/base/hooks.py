@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 
 class OwnHook:
@@ -32,10 +32,19 @@ def has_hooks(module: nn.Module, without: type | tuple[type, ...] = OwnHook) -> 
 
 
 def own_code(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """What would be lost where the options and parameters of a module of this ``kind`` alone are taken over; None:
-    nothing. The hooks of ``torch.nn.utils.prune`` are no loss: what they compute is taken over."""
+    """What would be lost where options and parameters of a module of this ``kind`` alone are taken over; None: nothing.
+    The hooks of ``torch.nn.utils.prune``, and parametrizations, are no loss of layers with weights: what they compute
+    is taken over."""
     # a convolution computes in a method that its forward calls
-    methods = [name for name in ("forward", "_conv_forward") if hasattr(kind, name)]
+    methods = [name for name in ("__call__", "forward", "_conv_forward") if hasattr(kind, name)]
     if any(name in vars(module) or getattr(type(module), name) is not getattr(kind, name) for name in methods):
         return "has a forward of its own"
-    return "carries hooks" if has_hooks(module, (OwnHook, prune.BasePruningMethod)) else None
+    computed = issubclass(kind, nn.Linear | nn.Conv2d)
+    if parametrize.is_parametrized(module) and not computed:
+        return "is parametrized"
+    of_parameters = [
+        (each._backward_hooks, getattr(each, "_post_accumulate_grad_hooks", None)) for each in module.parameters()
+    ]
+    if any(any(each) for each in of_parameters):
+        return "carries hooks on its parameters"
+    return "carries hooks" if has_hooks(module, (OwnHook, prune.BasePruningMethod) if computed else OwnHook) else None

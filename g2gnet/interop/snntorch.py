@@ -21,7 +21,7 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
-from g2gnet.base.hooks import own_code
+from g2gnet.base.hooks import has_hooks, own_code
 from g2gnet.base.optional import optional_package
 from g2gnet.convolution import G2GConv2d
 from g2gnet.interop.arrays import FINITE, Mask, numbers
@@ -41,6 +41,8 @@ _OTHER_RESET = (
     "snn.RLeaky with reset to zero holds the membrane at zero for a step or, with reset_delay=False, passes gradients "
     "through the reset, our LIF does neither; train with reset by subtraction, or convert by NIR"
 )
+#: layers with weights
+_LAYERS = nn.Linear, nn.Conv2d, G2GLinear
 #: what may stand between layers and neurons
 _BETWEEN = nn.MaxPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Flatten
 _KINDS = " or ".join(", ".join(f"snn.{kind}" for kind in _MODELS).rsplit(", ", 1))
@@ -59,11 +61,12 @@ def from_snntorch(
     The layers are taken in the order in which the model registered them (the order of ``model.named_modules()``);
     ``nn.Identity`` is skipped. Anything added by the model's own ``forward`` is ignored, even ``F.max_pool2d``: make
     it a module. A norm that the model trains takes the statistics of each step, the stack's those of all steps;
-    in evaluation they are the same. Each module keeps its mode, a norm that is not trained too.
+    in evaluation they are the same. Each module keeps its mode, a norm that is not trained too. Of a parametrized weight
+    the value is taken, which then trains freely.
 
     Args:
-        model: alternates ``nn.Linear`` or ``nn.Conv2d`` and ``snn.Leaky``, ``snn.Synaptic``, or behind ``nn.Linear``
-            ``snn.RLeaky`` or ``snn.RSynaptic``. Pools and ``nn.Flatten`` may stand between any two of them,
+        model: alternates ``nn.Linear`` or ``nn.Conv2d``, sparse or not, and ``snn.Leaky``, ``snn.Synaptic``, or behind
+            ``nn.Linear`` ``snn.RLeaky`` or ``snn.RSynaptic``. Pools and ``nn.Flatten`` may stand before any of them,
             ``nn.BatchNorm2d`` directly behind a convolution.
         masks: by name of an ``nn.Linear``, also a recurrent one (``"lif1.recurrent"``), or of an ``nn.Conv2d``, what
             exists, as for :meth:`G2GLinear.from_linear` and :meth:`G2GConv2d.from_conv2d`. Others have the mask of
@@ -89,12 +92,15 @@ def from_snntorch(
     parts: list[Any] = []  # of the next connection, a layer by its name
     connections: list[list[Any]] = []
     kinds = tuple(getattr(snn, kind) for kind in _MODELS)
-    for name, module in _modules_of(model, (nn.Linear, nn.Conv2d, *kinds)).items():
-        if isinstance(module, (nn.Linear, nn.Conv2d, *kinds)):
+    for name, module in _modules_of(model, (*_LAYERS, *kinds)).items():
+        if isinstance(module, (*_LAYERS, *kinds)):
             linear_next = len(linears) == len(neurons)
-            if isinstance(module, nn.Linear | nn.Conv2d) != linear_next:
+            if isinstance(module, _LAYERS) != linear_next:
                 expected = "nn.Linear" if linear_next else _KINDS
-                raise ValueError(f"{name} is a {type(module).__name__}, but {expected} should come next")
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}, but {expected} should come next; register modules in the "
+                    "order in which they run"
+                )
             (linears if linear_next else neurons)[name] = module
             if linear_next:
                 parts.append(name)
@@ -103,12 +109,24 @@ def from_snntorch(
                 parts = []
         elif isinstance(module, _BETWEEN):
             parts.append(copy.deepcopy(module))
-        elif not list(module.children()) and not isinstance(module, nn.Identity):
+        elif not list(module.children()):
+            outer = model.get_submodule(name.rpartition(".")[0])
+            of = (
+                ""
+                if type(outer) is nn.Sequential or outer in (model, module)
+                else f", part of a {type(outer).__name__}"
+            )
             raise ValueError(
-                f"{name or 'the model'} is a {type(module).__name__}; from_snntorch takes networks of nn.Linear, "
+                f"{name or 'the model'} is a {type(module).__name__}{of}; from_snntorch takes networks of nn.Linear, "
                 f"nn.Conv2d, pools and {_KINDS}. Leave an nn.Dropout out and set `dropout` of the result; G2GLinear, "
                 "LIF and Synaptic can be put into a model of another form one by one"
             )
+    if linears and parts and len(linears) == len(neurons):
+        behind = type(parts[0]).__name__
+        raise ValueError(
+            f"the {behind} is registered behind the last neurons, with which a stack ends; register it at its place, or "
+            "leave it out and apply it to what the stack returns"
+        )
     if not linears or len(linears) != len(neurons):
         raise ValueError(
             f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the "
@@ -196,22 +214,26 @@ def _modules_of(model: nn.Module, layers: tuple[type[nn.Module], ...]) -> dict[s
     names: dict[nn.Module | nn.Parameter, str] = {}
     inside = ""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Identity) or (inside and name.startswith(inside)):
+        nothing = isinstance(module, nn.Identity) or (type(module) is nn.Sequential and not len(module))
+        if nothing or (inside and name.startswith(inside)):
             continue
         if names.setdefault(module, name) != name:
             raise ValueError(
-                f"{names[module]} and {name} are one {type(module).__name__}, which would be two in a stack; give each "
-                "place a module of its own"
+                f"{names[module]} and {name} are one {type(module).__name__}, which would be two in a stack; register "
+                "it once, or give each place a module of its own"
             )
-        kind = next((kind for kind in (*layers, *_BETWEEN) if isinstance(module, kind)), type(module))
+        kind = next((kind for kind in (*layers, *_BETWEEN) if isinstance(module, kind)), None)
+        found[name] = module
+        if kind is None:
+            if has_hooks(module):
+                raise TypeError(f"{_words(name, module)} carries hooks, which a stack made of it would not have")
+            continue
+        inside = f"{name}."
         if kind.__module__.startswith("snntorch") and type(module) is not kind:
             own = f"{name} is a {type(module).__name__}, whose methods a stack would not have"
             raise TypeError(f"{own}; give snn.{kind.__name__}")
-        if kind not in (nn.Linear, nn.Conv2d):  # after their weights are known
-            _refuse_own_code(name or "the model", module, kind)
-        found[name] = module
-        if issubclass(kind, layers):
-            inside = f"{name}."
+        if kind not in _LAYERS:  # after their weights are known
+            _refuse_own_code(name, module, kind)
     for name, module in found.items():
         for parameter in module.parameters(recurse=isinstance(module, layers)):
             if names.setdefault(parameter, name) != name:
@@ -221,9 +243,13 @@ def _modules_of(model: nn.Module, layers: tuple[type[nn.Module], ...]) -> dict[s
     return found
 
 
+def _words(name: str, module: nn.Module) -> str:
+    return f"{name or 'the model'} ({type(module).__name__})"
+
+
 def _refuse_own_code(name: str, module: nn.Module, kind: type[nn.Module]) -> None:
     if why := own_code(module, kind):
-        raise TypeError(f"{name} ({type(module).__name__}) {why}, which a stack made of it would not have")
+        raise TypeError(f"{_words(name, module)} {why}, which a stack made of it would not have")
 
 
 def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
@@ -262,15 +288,15 @@ def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | 
 
 def _connection_from(name: str, linear: Any, mask: Mask | None, backend: str | None) -> Any:
     weight, bias = (parameter_of(linear, each) for each in ("weight", "bias"))
-    _refuse_own_code(name, linear, next(kind for kind in (G2GConv2d, nn.Conv2d, nn.Linear) if isinstance(linear, kind)))
-    if isinstance(linear, nn.Conv2d):
-        check_tensor("weight", weight, of=f" of {name}")
-        numbers(f"{name}: weight", weight.flatten(1))
-        return G2GConv2d.from_conv2d(linear, mask, backend)
+    _refuse_own_code(name, linear, next(kind for kind in (G2GConv2d, *_LAYERS) if isinstance(linear, kind)))
     check_tensor("weight", weight, of=f" of {name}")
-    size = len(numbers(f"{name}: weight", weight))
+    size = len(numbers(f"{name}: weight", weight.flatten(1) if isinstance(linear, nn.Conv2d) else weight))
     if bias is not None:
         numbers(f"{name}: bias", bias, size)
+    if isinstance(linear, nn.Conv2d):
+        return G2GConv2d.from_conv2d(linear, mask, backend)
+    if isinstance(linear, G2GLinear):
+        linear, mask = linear.to_linear(), linear.mask if mask is None else mask
     return G2GLinear.from_linear(linear, mask, backend)
 
 
@@ -286,6 +312,7 @@ def _neurons_from(name: str, theirs: Any, connection: Any, backend: str | None) 
         ("state_quant", theirs.state_quant, "state_quant=False"),
         ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism != "none", "reset_delay=True"),
         ("graded_spikes_factor", bool((theirs.graded_spikes_factor != 1).any()), "graded_spikes_factor=1"),
+        ("learn_graded_spikes_factor", isinstance(theirs.graded_spikes_factor, nn.Parameter), "a fixed factor of 1"),
         ("surrogate_disable", theirs.surrogate_disable, "surrogate_disable=False"),
     ):
         if value:
@@ -336,7 +363,10 @@ def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor])
     x = torch.cat([torch.linspace(-1, 1, 41, dtype=torch.float64), far, -far])
     probe = x.clone().requires_grad_()
     with torch.enable_grad():
-        (derivative,) = torch.autograd.grad(spike_grad(probe).sum(), probe)
+        spikes = spike_grad(probe)
+        (derivative,) = torch.autograd.grad(spikes.sum(), probe)
+    if not torch.equal(spikes, (x > 0).to(spikes)):
+        raise ValueError(f"{name}: spike_grad does not return 1 above 0 and 0 elsewhere, as our neurons' spikes are")
     derivative = derivative.nan_to_num(nan=0.0)  # a sigmoid's exponential overflows far out
     for surrogate, ours in SURROGATES.items():
         alpha = _alpha_of(ours, lambda point: derivative[int((x - point).abs().argmin())].item())

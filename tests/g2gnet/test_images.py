@@ -571,6 +571,7 @@ def hooked(module):
     return module
 
 
+SHARED = nn.BatchNorm2d(2, momentum=None)
 REFUSED = [
     (lambda: stack((nn.Conv2d(1, 8, 3), LIF())), TypeError, "layer 1 is a Conv2d; give G2GConv2d.from_conv2d"),
     (lambda: stack((nn.Sequential(nn.Dropout(), G2GConv2d(1, 8, 3)), LIF())), TypeError, "layer 1 is a Dropout; a net"),
@@ -587,6 +588,12 @@ REFUSED = [
     ),
     (lambda: stack(hooked(nn.Flatten()), (linear(128, 4, seeded(0)), LIF())), TypeError, "has a Flatten that carries hooks"),
     (lambda: stack((nn.Sequential(G2GConv2d(2, 8, 3), Least(2)), LIF())), TypeError, "layer 1 has a Least that has a forward of its own"),
+    (lambda: stack((G2GConv2d(2, 8, 3), LIF()), nn.Flatten(2), (linear(8, 4, seeded(0)), LIF())), ValueError, "by nn.Fl"),
+    (
+        lambda: SpikingStack([(nn.Sequential(G2GConv2d(2, 2, 1), SHARED), LIF()) for _ in range(2)]),
+        ValueError,
+        "conv2 shares its norm, whose momentum=None counts one batch",
+    ),
     (lambda: stack(Least(2), (G2GConv2d(8, 8, 3), LIF())), TypeError, "has a Least that has a forward of its own"),
     (lambda: stack(input_shape=(2, 8, 8))(X[0, 0]), ValueError, "the input is one image, .2, 8, 8.; give .B, C, H, W."),
     (lambda: stack((nn.Sequential(nn.Flatten(), G2GConv2d(1, 8, 3)), LIF())), TypeError, "behind nn.Flatten"),

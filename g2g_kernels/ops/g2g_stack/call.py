@@ -169,8 +169,9 @@ def _plain(call: StackCall) -> list[torch.Tensor]:
 
 
 def _flops(call: StackCall) -> list[int]:
-    """Of the product that feeds each population; a held x is multiplied once."""
-    samples = [call.batch * (1 if call.held and number == 0 else call.num_steps) for number in range(len(call.chain))]
+    """Of the product that feeds each population; a held x is multiplied once in each chunk."""
+    times = len(range(0, call.num_steps, call.chunk or call.num_steps)) if call.held else call.num_steps
+    samples = [call.batch * (call.num_steps if number else times) for number in range(len(call.chain))]
     return [product_flops(count, feed.values, feed.mask) for count, (feed, _) in zip(samples, call.chain, strict=True)]
 
 

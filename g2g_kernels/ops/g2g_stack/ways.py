@@ -143,7 +143,7 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     if chunk is not None:
         chunk = check_chunk(chunk, call)
         call = checked(call)
-        if _runs_chunks(call):
+        if _runs_chunks(call, chunk):
             now = normalised(call)
             return _finished(call, now, cpu_chain(now, chunk=chunk))
         return _finished(call, call, in_chunks(run, chunk, call))
@@ -167,12 +167,14 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     return _finished(call, now, way.run(now))
 
 
-def _runs_chunks(call: Call) -> bool:
+def _runs_chunks(call: Call, chunk: int) -> bool:
     """Whether one operator runs all chunks of a call: the chain that serves its parts, where they carry states alone.
     It takes contiguous inputs: of others, as of one sample that is expanded over time, only parts are copied."""
     if call.carried or is_traced() or not call.x.is_contiguous() or any(reaches(call.populations)):
         return False
-    return WAYS.choose(normalised(replaced(call, carried=True)), backend=call.backend).way.run is cpu_chain
+    steps = min(chunk, total_steps(call))
+    part = replaced(call, x=call.x[:steps]) if call.steps is None else replaced(call, steps=steps)
+    return WAYS.choose(normalised(replaced(part, carried=True)), backend=call.backend).way.run is cpu_chain
 
 
 #: numbers of a sparse input that are made dense at a time

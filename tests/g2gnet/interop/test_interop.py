@@ -15,10 +15,22 @@ from helpers import seeded
 from snntorch import surrogate, utils
 from snntorch.import_nir import import_from_nir
 from torch import nn
+from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import LIF, G2GConv2d, G2GLinear, G2GNet, Projection, SpikingNetwork, SpikingStack, SumPool2d, Synaptic
+from g2gnet import (
+    LIF,
+    G2GConv2d,
+    G2GLinear,
+    G2GNet,
+    Projection,
+    SpikingNetwork,
+    SpikingStack,
+    SumPool2d,
+    Synaptic,
+    sparsify,
+)
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 from g2gnet.interop.plain import plain
 
@@ -207,8 +219,17 @@ WRONG_MODELS = [
     (lambda: nn.Sequential(nn.Linear(3, 4), LEAKY, nn.Linear(3, 3)), "the model has 2 nn.Linear and 1 snn.L"),
     (lambda: nn.Sequential(nn.Linear(3, 4), LEAKY, nn.Linear(4, 3), LEAKY), "1 and 3 are one Leaky, which would"),
     (lambda: nn.Sequential(*[nn.Sequential(nn.Linear(3, 3), LEAKY)] * 2), "0 and 1 are one Sequential, which would be"),
-    (lambda: with_one_pool(), "2 and 5 are one MaxPool2d, which would be two in a stack; give each place a module"),
+    (lambda: with_one_pool(), "2 and 5 are one MaxPool2d, which would be two in a stack; register it once"),
     (lambda: with_one_weight(), "0 and 2 share a parameter, which would be two in a stack; give each a copy"),
+    (lambda: nn.Sequential(nn.Conv2d(2, 2, 3), LEAKY, nn.AvgPool2d(2)), "the AvgPool2d is registered behind"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), LEAKY, snntorch.Leaky(0.9)),
+     "1 is a Linear, but snn.Leaky, .* should come next; register modules in the order in which they run"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Leaky(0.9, spike_grad=torch.sigmoid)),
+     "1: spike_grad does not return 1 above 0 and 0 elsewhere"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Leaky(0.9, learn_graded_spikes_factor=True)),
+     "1: our LIF has no learn_graded_spikes_factor"),
+    (lambda: nn.Sequential(prune.l1_unstructured(nn.Conv2d(2, 2, 3), "weight", 0.5), LEAKY),
+     "the Conv2d is pruned within kernels, and a mask has whole ones: zeros in them would train. Give mask="),
     (lambda: nn.Sequential(nn.LazyLinear(3), LEAKY), "weight of the LazyLinear has no size yet; call its model once"),
     (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_mechanism="zero", reset_delay=False)),
      "1: our Synaptic has no reset_delay=False; only"),
@@ -256,6 +277,15 @@ def hooked(module):
     return module
 
 
+def with_hook(module):
+    module.weight.register_hook(lambda grad: 2 * grad)
+    return module
+
+
+def parametrized(module):
+    return nn.utils.parametrize.register_parametrization(module, "weight", nn.Tanh())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -263,6 +293,15 @@ def hooked(module):
         (lambda: hooked(nn.Sequential(nn.Linear(3, 3), LEAKY)), r"the model \(Sequential\) carries hooks"),
         (lambda: nn.Sequential(nn.Linear(3, 3), hooked(snntorch.Leaky(0.9))), r"1 \(Leaky\) carries hooks"),
         (lambda: nn.Sequential(hooked(nn.AvgPool2d(2)), nn.Linear(3, 3), LEAKY), r"0 \(AvgPool2d\) carries hooks"),
+        (lambda: nn.Sequential(with_hook(nn.Linear(3, 3)), LEAKY), r"0 \(Linear\) carries hooks on its parameters"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(2, 4, 3), prune.l1_unstructured(nn.BatchNorm2d(4), "weight", 0.5), LEAKY),
+            r"1 \(BatchNorm2d\) carries hooks",
+        ),
+        (
+            lambda: nn.Sequential(nn.Conv2d(2, 4, 3), parametrized(nn.BatchNorm2d(4)), LEAKY),
+            r"1 \(Param.*is parametriz",
+        ),
         (lambda: nn.Sequential(Halved(2, 2, 3), LEAKY), r"0 \(Halved\) has a forward of its own"),
         (lambda: nn.Sequential(nn.Linear(3, 3), type("Own", (snntorch.Leaky,), {})(0.9)), "1 is a Own, whose methods"),
     ],
@@ -270,6 +309,17 @@ def hooked(module):
 def test_what_a_stack_would_leave_out_of_a_model_is_named(make, message):
     with pytest.raises(TypeError, match=message):
         from_snntorch(make(), T=STEPS)
+
+
+def test_sparse_layers_compiled_parts_and_a_flatten_before_all_are_taken():
+    sparse = sparsify(nn.Sequential(nn.Linear(32, 24), LEAKY, nn.Linear(24, 8), snntorch.Leaky(0.9)), block_size=4)
+    model = nn.Sequential(nn.Flatten(), nn.Sequential(), *[torch.compile(each) for each in sparse])
+    stack = from_snntorch(model, T=STEPS)
+    for ours, theirs in ((stack.fc1, sparse[0]), (stack.fc2, sparse[2])):
+        assert torch.equal(ours.values, theirs.values)
+        assert torch.equal(ours.mask.to_dense(), theirs.mask.to_dense())
+    images = torch.rand(3, 2, 4, 4, generator=seeded(1))
+    assert torch.equal(stack(images), stack(images.flatten(1)))
 
 
 def test_each_module_keeps_its_mode_and_parametrized_weights_their_value():

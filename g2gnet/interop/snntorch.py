@@ -61,8 +61,8 @@ def from_snntorch(
     The layers are taken in the order in which the model registered them (the order of ``model.named_modules()``);
     ``nn.Identity`` is skipped. Anything added by the model's own ``forward`` is ignored, even ``F.max_pool2d``: make
     it a module. A norm that the model trains takes the statistics of each step, the stack's those of all steps;
-    in evaluation they are the same. Each module keeps its mode, a norm that is not trained too. Of a parametrized weight
-    the value is taken, which then trains freely.
+    in evaluation they are the same. Each module keeps its mode, a norm that is not trained too. Of a parametrized
+    weight the value is taken, which then trains freely.
 
     Args:
         model: alternates ``nn.Linear`` or ``nn.Conv2d``, sparse or not, and ``snn.Leaky``, ``snn.Synaptic``, or behind
@@ -124,8 +124,8 @@ def from_snntorch(
     if linears and parts and len(linears) == len(neurons):
         behind = type(parts[0]).__name__
         raise ValueError(
-            f"the {behind} is registered behind the last neurons, with which a stack ends; register it at its place, or "
-            "leave it out and apply it to what the stack returns"
+            f"the {behind} is registered behind the last neurons, with which a stack ends; register it at its place, "
+            "or leave it out and apply it to what the stack returns"
         )
     if not linears or len(linears) != len(neurons):
         raise ValueError(

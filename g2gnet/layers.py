@@ -56,9 +56,8 @@ def parameter_of(layer: nn.Module, name: str) -> Any:
     parameter, one times the mask that ``torch.nn.utils.prune`` put on it, or what parametrizations make of it.
 
     Raises ValueError for one of a lazy layer, which has no size yet, and for a pruned bias, since ours have no mask;
-    TypeError for one that hooks compute, as those of
-    ``torch.nn.utils.weight_norm`` and ``spectral_norm`` do: the layer's attribute is of the last forward pass, or of
-    none.
+    TypeError for one that hooks compute, as those of ``torch.nn.utils.weight_norm`` and ``spectral_norm`` do: the
+    layer's attribute is of the last forward pass, or of none.
     """
     parameter = layer._parameters.get(name)
     if parameter is not None and is_lazy(parameter):

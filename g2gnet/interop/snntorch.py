@@ -111,11 +111,7 @@ def from_snntorch(
             parts.append(copy.deepcopy(module))
         elif not list(module.children()):
             outer = model.get_submodule(name.rpartition(".")[0])
-            of = (
-                ""
-                if type(outer) is nn.Sequential or outer in (model, module)
-                else f", part of a {type(outer).__name__}"
-            )
+            of = "" if outer is model else f" of a {type(outer).__name__}"
             raise ValueError(
                 f"{name or 'the model'} is a {type(module).__name__}{of}; from_snntorch takes networks of nn.Linear, "
                 f"nn.Conv2d, pools and {_KINDS}. Leave an nn.Dropout out and set `dropout` of the result; G2GLinear, "

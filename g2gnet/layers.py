@@ -304,12 +304,13 @@ class G2GLinear(SparseLayer):
         if size > 1:
             place = (row // height * units_in_row + col // width) * size + row % height * width + col % width
         place, order = place.sort(stable=True)
-        # doubles, whose sums do not overflow
-        numbers = torch.from_numpy(np.require(weight, np.float64, ("C", "W")))[order].numpy()
+        kind = np.float32 if weight.dtype == np.float32 else np.float64
+        numbers = torch.from_numpy(np.require(weight, kind, ("C", "W")))[order].numpy()
         first = torch.ones_like(place, dtype=torch.bool)
         torch.ne(place[1:], place[:-1], out=first[1:])
         if not first.all():
-            place, numbers = place[first], np.add.reduceat(numbers, first.nonzero().flatten().numpy())
+            # in doubles, whose sums do not overflow
+            place, numbers = place[first], np.add.reduceat(numbers, first.nonzero().flatten().numpy(), dtype=np.float64)
         if len(numbers) and not (numbers.min() >= -FLOAT32[1] and numbers.max() <= FLOAT32[1]):
             raise ValueError("matrix has weights that are not finite, or that a float32 does not hold")
         units: torch.Tensor = place

@@ -157,14 +157,13 @@ class Projection:
                     f"{column} of the edges {name} is {values.dtype} {list(values.shape)}; give {kind}, one for each "
                     f"of {columns['pre'].size} edges{remedy}"
                 )
-        weights = columns["weight"].astype(np.float64)
         for column, least, most, remedy in (
             ("pre", 0, sizes[0] - 1, f"there are {sizes[0]} neurons, numbered from 0"),
             ("post", 0, sizes[1] - 1, f"there are {sizes[1]} neurons, numbered from 0"),
             ("weight", -FLOAT32[1], FLOAT32[1], "give a finite number that a float32 holds"),
             ("delay", 0, DELAY.high, f"delays are from 0 to {DELAY.high} steps"),
         ):
-            values = weights if column == "weight" else columns[column]
+            values = columns[column]
             if values.size and not (np.min(values) >= least and np.max(values) <= most):
                 outside = np.flatnonzero(~((values >= least) & (values <= most)))
                 raise ValueError(f"{column}[{outside[0]}] of the edges {name} is {values[outside[0]]}; {remedy}")
@@ -178,7 +177,7 @@ class Projection:
         grid = BlockMask(GroupLayout(sizes[1], 1), GroupLayout(sizes[0], 1), none, none, block_size=1)
         made = []
         for each, chosen in zip(delays.tolist(), of_each[: len(delays)], strict=True):
-            post_of, pre_of, own = (column[chosen] for column in (columns["post"], columns["pre"], weights))
+            post_of, pre_of, own = (columns[column][chosen] for column in ("post", "pre", "weight"))
             made.append(cls(source, target, G2GLinear._from_edges(post_of, pre_of, own, grid), delay=each, onto=onto))
         return made
 

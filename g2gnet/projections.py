@@ -157,6 +157,8 @@ class Projection:
                     f"{column} of the edges {name} is {values.dtype} {list(values.shape)}; give {kind}, one for each "
                     f"of {columns['pre'].size} edges{remedy}"
                 )
+        if columns["weight"].dtype != np.float32:  # narrower floats do not hold the bounds
+            columns["weight"] = columns["weight"].astype(np.float64)
         for column, least, most, remedy in (
             ("pre", 0, sizes[0] - 1, f"there are {sizes[0]} neurons, numbered from 0"),
             ("post", 0, sizes[1] - 1, f"there are {sizes[1]} neurons, numbered from 0"),

@@ -814,7 +814,15 @@ def test_edges_become_projections_one_for_each_delay():
     assert one.connection.weight[:, 2].tolist() == [0.5, 0.5]
     assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []
     bfloat = torch.full((2,), 100.0, dtype=torch.bfloat16, requires_grad=True)
-    for hundreds in (np.array([100, 100], np.int8), np.array([100, 100], ">f4"), bfloat):  # are added without overflow
+    halves = np.array([100, 100], np.float16)
+    singles = np.array([100, 100], np.float32)
+    for hundreds in (
+        np.array([100, 100], np.int8),
+        np.array([100, 100], ">f4"),
+        bfloat,
+        halves,
+        singles,
+    ):  # no overflow
         (made,) = Projection.from_edges("a", "b", [0, 0], [1, 1], hundreds, sizes=(3, 3))
         assert made.connection.values.flatten().tolist() == [200.0]
 
@@ -829,6 +837,9 @@ def test_edges_become_projections_one_for_each_delay():
         ((pandas.Series(["n7"]), [0], [1.0]), "pre of the edges a → b is .*; pandas.factorize"),
         (([0, 1], [0], [1.0]), "give whole numbers, one for each of 2 edges"),
         (([0], [0], [np.nan]), r"weight\[0\] of the edges a → b is nan"),
+        (([0], [0], np.array([np.inf], np.float16)), r"weight\[0\] of the edges a → b is inf"),
+        (([0], [0], np.array([-np.inf], np.float32)), r"weight\[0\] of the edges a → b is -inf"),
+        (([0, 0], [0, 0], np.array([3e38, 3e38], np.float32)), "not finite, or that a float32 does not hold"),
         (([0, 1], [0, 1], [1.0, 1e39]), r"weight\[1\] of the edges a → b is 1e\+39"),
         (([0, 1], [0, 1], [1.0, 1.0], [0, -1]), r"delay\[1\] of the edges a → b is -1; delays are from 0 to 65535"),
         (([0], [0], [1.0], [0.5]), "delay of the edges a → b is float64"),
